@@ -1,0 +1,30 @@
+"""groundstate measures and minimizes the energy of neural networks."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Regularizer": "groundstate.regularizer",
+    "measure": "groundstate.measure",
+    "compress": "groundstate.compress",
+    "parse": "groundstate.energies.registry",
+    "GroundstateError": "groundstate.errors",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from groundstate.compress import compress
+    from groundstate.energies.registry import parse
+    from groundstate.errors import GroundstateError
+    from groundstate.measure import measure
+    from groundstate.regularizer import Regularizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,246 @@
+"""What an energy is: a frozen dataclass that holds hyper-parameters and nothing else.
+
+A concrete energy says how to compute its value (and, where a closed form is known, its gradient). It knows nothing of
+models, optimizers, devices or steps: ``Regularizer`` does. Capabilities are small abstract classes (``Proximable``,
+``Dualizable``) and the capability test is ``isinstance``.
+
+Algebra: ``1e-4 * e`` is a `Term`, ``e1 + e2`` a `Sum`, ``term.via("prox")`` (in specs: ``1e-4*nuclear@prox``) fixes the
+coupling of one term. ``repr`` of all of them is the spec that `groundstate.energies.parse` reads back.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from groundstate.errors import UsageError
+
+Coupling = Literal["loss", "grad", "prox", "monitor"]
+COUPLINGS: tuple[Coupling, ...] = ("loss", "grad", "prox", "monitor")
+
+Invariance = Literal["orthogonal", "permutation", "sign", "scale", "neuron_sign", "neuron_permutation"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Facts about an energy that the contract suite checks and the documentation prints.
+
+    Attributes:
+        formula: The value, in plain text, e.g. ``"sum_i sigma_i(W)"``.
+        reference: Author, year, equation.
+        cost: Leading cost of one value and gradient.
+        convex: Whether E is convex.
+        degree: Homogeneity degree d, E(cW) = |c|^d E(W); ``None`` where there is none.
+        invariances: Of a matrix energy: ``orthogonal`` E(PWQ) = E(W), ``permutation`` of rows and columns, ``sign`` of
+            single entries, ``scale`` E(cW) = E(W). Of a network energy: ``neuron_sign``, ``neuron_permutation``.
+        smooth: Whether E is differentiable everywhere.
+        differentiable: False for energies that only measure (no gradient is asked of them).
+    """
+
+    formula: str
+    reference: str
+    cost: str
+    convex: bool
+    degree: float | None
+    invariances: tuple[Invariance, ...] = ()
+    smooth: bool = False
+    differentiable: bool = True
+
+
+@dataclass(frozen=True, repr=False)
+class Energy(ABC):
+    """A scalar function to measure and minimize. Concrete energies are frozen dataclasses and final."""
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits]
+    aliases: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> tuple[Self, ...]:
+        """The instances that contracts, benchmarks and documentation use."""
+
+    def __mul__(self, strength: float) -> Term:
+        return Term(float(strength), self)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Energy | Term | Sum) -> Sum:
+        return Sum.of(self, other)
+
+    def via(self, coupling: Coupling) -> Term:
+        """Returns this energy, at strength 1, acting through ``coupling``."""
+        return Term(1.0, self, coupling)
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+class MatrixEnergy(Energy):
+    """Energy of one weight block: shape ``(*batch, out, in)`` to ``(*batch,)``."""
+
+    @abstractmethod
+    def value(self, w: Tensor) -> Tensor:
+        """Returns E for each matrix of the batch, shape ``(*batch,)``; differentiable by autograd."""
+
+    def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``(E, dE/dW)`` of shapes ``(*batch,)`` and ``(*batch, out, in)``, without an autograd graph."""
+
+        def total(u: Tensor) -> tuple[Tensor, Tensor]:
+            value = self.value(u)
+            return value.sum(), value
+
+        grad, value = torch.func.grad(total, has_aux=True)(w.detach())
+        return value.detach(), grad.detach()
+
+
+class NetworkEnergy(Energy):
+    """Energy of the ordered layers of a network: matrices W_1..W_L, W_l of shape ``(d_l, d_{l-1})``, to a scalar."""
+
+    @abstractmethod
+    def value(self, layers: Sequence[Tensor]) -> Tensor:
+        """Returns E, a scalar tensor; differentiable by autograd."""
+
+    def value_and_grad(self, layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Returns E and one gradient per layer, without an autograd graph."""
+        leaves = [w.detach().clone().requires_grad_() for w in layers]
+        with torch.enable_grad():
+            value = self.value(leaves)
+            grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        return value.detach(), [torch.zeros_like(w) if g is None else g for g, w in zip(grads, leaves, strict=True)]
+
+
+class FunctionEnergy(Energy):
+    """Energy of the function x -> f(x); needs the batch and acts through ``Regularizer.loss(x, y)``."""
+
+    @abstractmethod
+    def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: Any) -> Tensor:
+        """Returns E on the batch, a scalar tensor; differentiable with respect to the parameters of ``f``."""
+
+
+class TrajectoryEnergy(Energy):
+    """Energy of the sequence of weights. The state is a flat mapping of tensors, so that it can be saved."""
+
+    @abstractmethod
+    def init(self, blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the state at the first point of the trajectory."""
+
+    @abstractmethod
+    def observe(self, state: dict[str, Tensor], blocks: Mapping[str, Tensor], dt: float) -> dict[str, Tensor]:
+        """Returns the state after one optimizer step that led to ``blocks``; ``dt`` is the step's learning rate."""
+
+    @abstractmethod
+    def value(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Returns the energy of the path so far, a float64 scalar."""
+
+    @abstractmethod
+    def grad(self, state: Mapping[str, Tensor], name: str, block: Tensor) -> Tensor:
+        """Returns the gradient of the term that the energy adds at the current weights, shape of ``block``."""
+
+    def summary(self, state: Mapping[str, Tensor]) -> dict[str, float]:
+        """Returns the figures that a report shows, by name."""
+        return {self.name: float(self.value(state))}
+
+
+class Proximable(ABC):
+    """Has a proximal map."""
+
+    @abstractmethod
+    def prox(self, w: Tensor, step: float) -> Tensor:
+        """Returns argmin_u step * E(u) + 1/2 ||u - w||_F^2, shape of ``w``."""
+
+
+class Dualizable(ABC):
+    """A norm with a known dual norm and linear minimization oracle."""
+
+    @abstractmethod
+    def dual(self, g: Tensor) -> Tensor:
+        """Returns the dual norm max over E(u) <= 1 of <g, u>, shape ``(*batch,)``."""
+
+    @abstractmethod
+    def lmo(self, g: Tensor) -> Tensor:
+        """Returns argmin over E(u) <= 1 of <g, u>, shape of ``g`` (zero where g is zero)."""
+
+
+@dataclass(frozen=True, repr=False)
+class Term:
+    """``strength * energy``, with the coupling it acts through (``None``: the regularizer's default)."""
+
+    strength: float
+    energy: Energy
+    coupling: Coupling | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength) or self.strength < 0:
+            raise UsageError(
+                f"the strength of {self.energy.name!r} must be finite and not negative, got {self.strength!r}: "
+                f"energies are minimized; write e.g. 1e-4*{self.energy.name}"
+            )
+        if self.coupling is not None and self.coupling not in COUPLINGS:
+            raise UsageError(f"coupling must be one of {', '.join(COUPLINGS)}, got {self.coupling!r}")
+
+    def __mul__(self, factor: float) -> Term:
+        return Term(self.strength * float(factor), self.energy, self.coupling)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Energy | Term | Sum) -> Sum:
+        return Sum.of(self, other)
+
+    def via(self, coupling: Coupling) -> Term:
+        """Returns this term acting through ``coupling``: loss, grad, prox or monitor."""
+        return Term(self.strength, self.energy, coupling)
+
+    def __repr__(self) -> str:
+        base = repr(self.energy) if self.strength == 1.0 else f"{self.strength!r}*{self.energy!r}"
+        return base if self.coupling is None else f"{base}@{self.coupling}"
+
+
+@dataclass(frozen=True, repr=False)
+class Sum:
+    """A sum of terms; the empty sum is spelled ``none``."""
+
+    terms: tuple[Term, ...] = ()
+
+    @classmethod
+    def of(cls, *parts: Energy | Term | Sum) -> Sum:
+        """Collects energies, terms and sums into one flat sum."""
+        terms: list[Term] = []
+        for part in parts:
+            if isinstance(part, Sum):
+                terms.extend(part.terms)
+            elif isinstance(part, Term):
+                terms.append(part)
+            elif isinstance(part, Energy):
+                terms.append(Term(1.0, part))
+            else:
+                raise UsageError(f"only energies can be added, got {type(part).__name__}: write e.g. 1e-4*Nuclear()")
+        return cls(tuple(terms))
+
+    def __add__(self, other: Energy | Term | Sum) -> Sum:
+        return Sum.of(self, other)
+
+    def __mul__(self, factor: float) -> Sum:
+        return Sum(tuple(t * factor for t in self.terms))
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms)) if self.terms else "none"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UsageError` with ``message`` unless ``condition`` holds: for hyper-parameters in ``__post_init__``."""
+    if not condition:
+        raise UsageError(message)
