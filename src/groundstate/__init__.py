@@ -14,7 +14,7 @@ _HOME = {
     "parse": "groundstate.energies.registry",
     "GroundstateError": "groundstate.errors",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["GroundstateError", "Regularizer", "__version__", "compress", "measure", "parse"]
 
 if TYPE_CHECKING:
     from groundstate.compress import compress

@@ -1,7 +1,8 @@
 """Which parameters an energy of weights sees, and as which matrix.
 
-A *block* is one weight seen as a matrix: a linear weight ``(out, in)`` as it is, a convolution ``(out, in/groups, *kernel)``
-as ``(out, in/groups * prod(kernel))``. Biases, normalizations and embeddings are not blocks. Tied weights are one block.
+A *block* is one weight seen as a matrix: a linear weight ``(out, in)`` as it is, a convolution
+``(out, in/groups, *kernel)`` as ``(out, in/groups * prod(kernel))``. Biases, normalizations and embeddings are not
+blocks. Tied weights are one block.
 """
 
 from __future__ import annotations
