@@ -13,6 +13,7 @@ from groundstate.energies.base import (
     MatrixEnergy,
     NetworkEnergy,
     Proximable,
+    Spectral,
     Sum,
     Term,
     Traits,
@@ -22,7 +23,7 @@ from groundstate.energies.registry import get, parse, register, registered, unre
 
 __all__ = [
     "COUPLINGS", "Coupling", "Dualizable", "Energy", "FunctionEnergy", "MatrixEnergy", "NetworkEnergy", "Proximable",
-    "Sum", "Term", "Traits", "TrajectoryEnergy", "get", "parse", "register", "registered", "unregister",
+    "Spectral", "Sum", "Term", "Traits", "TrajectoryEnergy", "get", "parse", "register", "registered", "unregister",
 ]  # fmt: skip
 
 

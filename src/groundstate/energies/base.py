@@ -153,6 +153,14 @@ class TrajectoryEnergy(Energy):
         return {self.name: float(self.value(state))}
 
 
+class Spectral(ABC):
+    """A matrix energy that depends on the singular values only, so that several can share one decomposition."""
+
+    @abstractmethod
+    def of_singular_values(self, s: Tensor) -> Tensor:
+        """Returns E for singular values ``(*batch, r)`` in descending order, r = min(out, in); shape ``(*batch,)``."""
+
+
 class Proximable(ABC):
     """Has a proximal map."""
 
