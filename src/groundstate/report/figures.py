@@ -89,7 +89,7 @@ def outcome(study: Study) -> Picture | None:
     left.set_title("Test accuracy")
     left.set_xlabel("%")
     right.axvline(0, color=MUTED, linewidth=1)
-    right.text(0, n - 1, figure_label("  reference"), va="center", color=MUTED, fontsize=8.5)
+    _beside(right, "reference", 0, n - 1, MUTED)
     right.set_title(figure_label(f"Difference from {reference.label}, same seed"))
     right.set_xlabel("points")
     return _picture(
@@ -100,6 +100,10 @@ def outcome(study: Study) -> Picture | None:
         "Small dots: seeds; large markers: means; bars: 95 % t-intervals (none with one seed). Left: test accuracy. "
         f"Right: the difference of runs that share a seed. {_seeds(study)}; the test split was used once, at the end.",
     )
+
+
+def _beside(axis: Axes, text: str, x: float, y: float, color: str) -> None:
+    axis.annotate(text, (x, y), (7, 0), textcoords="offset points", va="center", color=color, fontsize=8.5)
 
 
 def _interval(axis: Axes, y: float, values: Sequence[float], look: Look) -> None:
@@ -215,7 +219,19 @@ def _scale(axis: Axes, factor: float) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines] or [np.zeros(0)])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > factor * values.min():
-        axis.set_yscale("log")
+        _log_axis(axis)
+
+
+def _log_axis(axis: Axes) -> None:
+    """Sets a logarithmic axis whose ticks are plain numbers at 1, 2, 5 where it spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if high < 300 * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _skip_start(axis: Axes) -> None:
@@ -281,8 +297,8 @@ def _spectrum(axis: Axes, study: Study, layer: str) -> None:
         start = np.maximum(np.median(start, axis=0), floor)
         axis.plot(np.arange(1, len(start) + 1), start, ":", color=INK, linewidth=0.9)
         lowest = min(lowest, float(start.min()))
-    axis.set_yscale("log")
     axis.set_ylim(lowest / 1.5, top * 1.6)
+    _log_axis(axis)
     axis.set_title(figure_label(layer, 36))
     axis.set_xlabel("index of the singular value")
     _whole_epochs(axis)
@@ -358,8 +374,8 @@ def cost(study: Study) -> Picture | None:
         y, middle = n - 1 - row, float(np.median(values))
         axis.barh(y, middle, height=0.5, color=look.color, alpha=0.35, linewidth=0)
         axis.plot(values, [y] * len(values), "o", color=look.color, markersize=3.5)
-        ratio = f"   {show(middle)} ms, {middle / base:.2f}{TIMES}" if base > 0 else f"   {show(middle)} ms"
-        axis.text(max(values), y, ratio, va="center", color=INK, fontsize=8.5)
+        ratio = f"{show(middle)} ms, {middle / base:.2f}{TIMES}" if base > 0 else f"{show(middle)} ms"
+        _beside(axis, ratio, max(values), y, INK)
     axis.set_yticks(range(n - 1, -1, -1), [look.label for look in looks(study)])
     axis.set_xlim(0, 1.22 * max(max(v) for v in times if v))
     axis.set_xlabel("milliseconds per training step")

@@ -34,7 +34,7 @@ def render(study: Study) -> str:
         rows=[
             {
                 "cells": summary.cells(row, study.expected_seeds),
-                "color": look.color,
+                "color": look.css,
                 "reference": row.group.is_reference,
                 "sentence": summary.sentence(row, cut),
                 "energies": [(show(s.mean), _times(ratio)) for s, ratio in row.energies.values()],

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE = "#1b1f24", "#59636e", "#d8dee4"
-_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}
+_BLUE = "#0072b2"
+_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", _BLUE: "var(--blue)"}
 _REFERENCE = "#808a94"
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
+_COLORS = (_BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6761d")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 _DASHES = ("-", "--", ":", "-.")
 
@@ -79,6 +80,11 @@ class Look:
     marker: str
     dash: str
     label: str
+
+    @property
+    def css(self) -> str:
+        """The color on the page: a variable where dark pages need a lighter one."""
+        return _VARIABLES.get(self.color, self.color)
 
 
 def looks(study: Study) -> list[Look]:
