@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_MOST_POINTS = 100  # of a curve: long runs are thinned out, the CSV files have every epoch
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -206,6 +208,8 @@ def _band(axis: Axes, group: Group, look: Look, keys: tuple[str, ...], factor: f
     if not found:
         return
     epochs = sorted(set.intersection(*(set(c) for c in found)))
+    if len(epochs) > _MOST_POINTS:
+        epochs = [epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, _MOST_POINTS)]
     values = factor * np.array([[c[e] for e in epochs] for c in found])
     if values.shape[0] > 1:
         axis.fill_between(epochs, values.min(0), values.max(0), color=look.color, alpha=0.18, linewidth=0)
