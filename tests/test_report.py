@@ -328,6 +328,28 @@ def test_terminal_table_shows_one_line_per_energy(compare: Path) -> None:
     assert "±" in text
 
 
+def test_headline_is_plain_json(compare: Path) -> None:
+    lines = report.headline([compare])
+    assert json.loads(json.dumps(lines, allow_nan=False)) == lines
+    assert [line["energy"] for line in lines] == list(SPECS)
+    assert lines[0]["p_paired_t"] is None
+    assert lines[1]["pairs"] == 5
+
+
+def test_a_folder_of_runs_is_read_too(compare: Path) -> None:
+    assert [g.label for g in load([compare / "runs"]).groups][0] == "none"
+    assert {len(g.runs) for g in load([compare / "runs"]).groups} == {5}
+
+
+@pytest.mark.parametrize(
+    "plan", ["{", "[]", '{"energies": 3, "labels": "x", "seeds": ["a"]}', '{"energies": ["none"]}']
+)
+def test_a_damaged_plan_does_not_hide_the_runs(plan: str, tmp_path: Path) -> None:
+    write_compare(tmp_path / "out", SPECS[:1], seeds=2)
+    (tmp_path / "out" / "compare.json").write_text(plan)
+    assert len(load([tmp_path / "out"]).groups[0].runs) == 2
+
+
 def test_nothing_to_report_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run to report"):
         report.build([], tmp_path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["build", "terminal_table"]
+__all__ = ["build", "headline", "terminal_table"]
 
 
 def build(runs: Iterable[Path], out: Path) -> Path:
@@ -54,3 +54,22 @@ def terminal_table(runs: Iterable[Path]) -> Table:
     from groundstate.report.tables import terminal
 
     return terminal(load(runs))
+
+
+def headline(runs: Iterable[Path]) -> list[dict[str, object]]:
+    """Returns the head of the report as plain JSON values: one object per energy, ``None`` where there is no number.
+
+    Raises:
+        UsageError: a path is no run folder, or there is none.
+    """
+    import math
+
+    from groundstate.report.load import load
+    from groundstate.report.tables import csv_tables
+
+    header, *lines = csv_tables(load(runs))["summary"]
+
+    def value(cell: object) -> object:
+        return None if cell == "" or (isinstance(cell, float) and not math.isfinite(cell)) else cell
+
+    return [{str(key): value(cell) for key, cell in zip(header, line)} for line in lines]

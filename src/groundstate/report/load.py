@@ -158,17 +158,25 @@ def _folders(path: Path, labels: dict[str, str], cells: list[tuple[str, int]], p
         except DataError as error:
             problems.append(Problem(plain(path.name), str(error)))
             plan = {}
-        specs = [str(e) for e in plan.get("energies", [])]
-        labels.update(zip(specs, [str(label) for label in plan.get("labels", specs)]))
-        cells += [(spec, int(seed)) for spec in specs for seed in plan.get("seeds", [])]
+        specs = [str(e) for e in _list(plan.get("energies"))]
+        named = [str(label) for label in _list(plan.get("labels"))]
+        labels.update(zip(specs, named if len(named) == len(specs) else specs))
+        cells += [(spec, seed) for spec in specs for seed in _list(plan.get("seeds")) if isinstance(seed, int)]
         inner = path / "runs"
         return sorted(p for p in inner.iterdir() if p.is_dir()) if inner.is_dir() else []
     if (path / "run.json").is_file() or (path / "metrics.jsonl").is_file():
         return [path]
+    inside = sorted(p.parent for p in path.glob("*/run.json")) if path.is_dir() else []
+    if inside:
+        return inside
     raise UsageError(
-        f"{path} is neither a run folder (run.json) nor a compare folder (compare.json): "
+        f"{path} is neither a run folder (run.json), nor a folder of them, nor a compare folder (compare.json): "
         "give what `groundstate train` or `groundstate compare` wrote"
     )
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
