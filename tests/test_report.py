@@ -337,7 +337,7 @@ def test_headline_is_plain_json(compare: Path) -> None:
 
 
 def test_a_folder_of_runs_is_read_too(compare: Path) -> None:
-    assert [g.label for g in load([compare / "runs"]).groups][0] == "none"
+    assert load([compare / "runs"]).groups[0].label == "none"
     assert {len(g.runs) for g in load([compare / "runs"]).groups} == {5}
 
 
