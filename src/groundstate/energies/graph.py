@@ -1,0 +1,87 @@
+"""The energy of the whole layered graph of a network, not of its layers one by one.
+
+Idea: neurons are nodes, weights are edges, A is the symmetric adjacency of all d_0 + ... + d_L neurons::
+
+    E = sum_i |lambda_i(A)| = 2 ||B||_*,     B the weights between neurons of even and of odd layers
+
+It lies between two sums of layer norms::
+
+    2 max(sum over odd l, sum over even l of ||W_l||_*)  <=  E  <=  2 sum_l ||W_l||_*
+
+and reaches the right end only where W_{l+1} W_l = 0 at every hidden layer. So at fixed layer norms, minimizing E aligns
+the output directions of a layer with the input directions of the next: that is what it adds to the nuclear norm.
+
+Reference: I. Gutman, "The energy of a graph" (1978); V. Nikiforov, "The energy of graphs and matrices" (2007).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor, nn
+
+from groundstate.energies.base import NetworkEnergy, Traits, require
+from groundstate.layers import ordered_layers
+from groundstate.norms import graph
+
+
+@dataclass(frozen=True, repr=False)
+class GraphEnergy(NetworkEnergy):
+    """Energy of the layered graph: sum of |eigenvalues| of its adjacency.
+
+    Invariant under relabeling the neurons of a layer and under changing the sign of a neuron (its incoming and outgoing
+    weights together). Not invariant under the rescaling of a ReLU neuron. Biases do not take part. Convex for
+    ``absolute=False`` but not for ``absolute=True``, so ``traits.convex``, which speaks of all instances, is False.
+
+    Attributes:
+        absolute: Take |W_l| in place of W_l: the energy of the graph with nonnegative weights. Its gradient is zero at
+            weights that are zero.
+
+    >>> import torch
+    >>> GraphEnergy().value([torch.eye(2), torch.ones(1, 2)])
+    tensor(5.4641)
+    """
+
+    absolute: bool = False
+
+    name: ClassVar[str] = "graph"
+    traits: ClassVar[Traits] = Traits(
+        formula="sum_i |lambda_i(A)| = 2 ||B||_*, A the adjacency of all neurons; absolute=True: of |W|",
+        reference="Gutman 1978; Nikiforov 2007 (E(A) = ||A||_*)",
+        cost="one eigh of size n (nodes of the smaller color class) + 4 n_l d_l d_{l-1} flops per layer",
+        convex=False,
+        degree=1.0,
+        invariances=("neuron_sign", "neuron_permutation"),
+    )
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.absolute, bool), f"absolute must be True or False, got {self.absolute!r}")
+
+    @classmethod
+    def examples(cls) -> tuple[Self, ...]:
+        return cls(), cls(absolute=True)
+
+    def value(self, layers: Sequence[Tensor] | nn.Module) -> Tensor:
+        """Returns E as a scalar that autograd differentiates (by a dense SVD; for training use `value_and_grad`).
+
+        Args:
+            layers: W_1..W_L, W_l of shape ``(d_l, d_{l-1})``, or a model whose order `ordered_layers` can read.
+
+        Raises:
+            UsageError: the layers do not fit one another, or the model cannot be ordered; the module is named.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        return graph.energy(_weights(layers), self.absolute)
+
+    def value_and_grad(self, layers: Sequence[Tensor] | nn.Module) -> tuple[Tensor, list[Tensor]]:
+        """Returns E and dE/dW_l per layer, in closed form; the minimal-norm subgradient on the kernel.
+
+        Arguments and errors as of `value`.
+        """
+        return graph.energy_and_grad(_weights(layers), self.absolute)
+
+
+def _weights(layers: Sequence[Tensor] | nn.Module) -> Sequence[Tensor]:
+    return [p for _, p in ordered_layers(layers)] if isinstance(layers, nn.Module) else layers
