@@ -197,7 +197,7 @@ def energy_and_grad(layers: Sequence[Tensor], absolute: bool = False) -> tuple[T
         work = [w.detach().to(dtype) for w in layers]
         value, grads = _at_any_scale([w.abs() for w in work] if absolute else work, sizes, layers, absolute)
         if absolute:
-            grads = [g * w.sign() for g, w in zip(grads, work)]
+            grads = [g.mul_(w.sign()) for g, w in zip(grads, work)]
         return value, [g.to(w.dtype) for g, w in zip(grads, layers)]
 
 
@@ -255,28 +255,29 @@ def _by_best_route(work: list[Tensor], plan: Staircase, absolute: bool) -> tuple
     info = torch.finfo(work[0].dtype)
     tolerance = plan.long_side * info.eps
 
-    def comfortable(gram: Tensor) -> bool:  # its trace is ||B||_F^2: every weight enters, so NaN and infinity show
-        return 1e6 * info.tiny / info.eps < float(gram.diagonal().sum()) < 1e-6 * info.max
+    def comfortable(total: float) -> bool:  # tr G = ||B||_F^2: every weight enters, so NaN and infinity show
+        return 1e6 * info.tiny / info.eps < total < 1e-6 * info.max
 
     # Nonnegative weights have one eigenvalue far above the rest (Perron), out of reach of a float32 Gram.
     if work[0].dtype == torch.float64 or not absolute:
         gram = plan.gram(work)
-        if not comfortable(gram):
+        total = float(gram.trace())
+        if not comfortable(total):
             return None
         if work[0].dtype == torch.float64:
             return _by_gram(work, plan, gram, 0.0, _TRUST_DOUBLE) or _by_svd(work, tolerance)
-        result = _by_gram(work, plan, gram, 0.0, _TRUST_SINGLE) if _conditioned(gram) else None
+        result = _by_gram(work, plan, gram, 0.0, _TRUST_SINGLE) if _conditioned(gram, total) else None
         if result is not None:
             return result
     double = [w.double() for w in work]
     gram = plan.gram(double)
-    if not comfortable(gram):
+    if not comfortable(float(gram.trace())):
         return None
     value, grads = _by_gram(work, plan, gram, tolerance, _TRUST_DOUBLE_FOR_SINGLE) or _by_svd(double, tolerance)
     return value.to(work[0].dtype), [g.to(work[0].dtype) for g in grads]
 
 
-def _conditioned(gram: Tensor) -> bool:
+def _conditioned(gram: Tensor, total: float) -> bool:
     """Predicts whether a float32 Gram will do, so that no eigendecomposition is thrown away (at a tenth of its cost).
 
     lambda_max is at least ||G||_F^2 / tr G; two fixed probes z estimate ||G^-1||_F by ||G^-1 z||, from the Cholesky
@@ -288,7 +289,7 @@ def _conditioned(gram: Tensor) -> bool:
     n = gram.shape[0]
     half_solved = torch.linalg.solve_triangular(factor, _probes(n, gram.device), upper=False)
     inverse = float(torch.linalg.solve_triangular(factor.mT, half_solved, upper=True).norm()) / math.sqrt(2)
-    largest = float(gram.norm()) ** 2 / float(gram.diagonal().sum())
+    largest = float(gram.norm()) ** 2 / total
     return torch.finfo(gram.dtype).eps * largest * inverse / math.sqrt(n) < _TRUST_SINGLE
 
 
@@ -313,10 +314,12 @@ def _by_gram(
         trust: Bound on the estimated relative error of the gradient.
     """
     lam, vectors = torch.linalg.eigh(gram)
-    largest = float(lam[-1])
-    kernel = int(torch.searchsorted(lam, tolerance**2 * largest, right=True))
-    if kernel and tolerance == 0.0:
-        return None
+    smallest, largest = float(lam[0]), float(lam[-1])
+    kernel = 0
+    if smallest <= tolerance**2 * largest:
+        if tolerance == 0.0:
+            return None
+        kernel = int((lam <= tolerance**2 * largest).sum())
     kept = lam[kernel:]
     rms = float(kept.reciprocal().norm()) / math.sqrt(kept.shape[0])
     if torch.finfo(gram.dtype).eps * largest * rms > trust:
