@@ -100,7 +100,7 @@ def outcome(study: Study) -> Picture | None:
         "Which regularizer helps?",
         "An interval on the right that does not touch zero is a difference that the seeds do not explain.",
         "Small dots: seeds; large markers: means; bars: 95 % t-intervals (none with one seed). Left: test accuracy. "
-        f"Right: the difference of runs that share a seed. {_seeds(study)}; the test split was used once, at the end.",
+        f"Right: the difference of runs that share a seed, each interval by itself (the table corrects for asking several times). {_seeds(study)}; the test split was used once, at the end.",
     )
 
 
@@ -212,7 +212,7 @@ def _band(axis: Axes, group: Group, look: Look, keys: tuple[str, ...], factor: f
         epochs = [epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, _MOST_POINTS)]
     values = factor * np.array([[c[e] for e in epochs] for c in found])
     if values.shape[0] > 1:
-        axis.fill_between(epochs, values.min(0), values.max(0), color=look.color, alpha=0.18, linewidth=0)
+        axis.fill_between(epochs, values.min(0), values.max(0), color=look.color, alpha=0.14, linewidth=0)
     axis.plot(epochs, values.mean(0), look.dash, color=look.color)
     if epochs:
         axis.plot(epochs[-1:], values.mean(0)[-1:], look.marker, color=look.color)
@@ -293,7 +293,7 @@ def _spectrum(axis: Axes, study: Study, layer: str) -> None:
         lowest = min(lowest, float(stack.min()))
         index = np.arange(1, stack.shape[1] + 1)
         if len(stack) > 1:
-            axis.fill_between(index, stack.min(0), stack.max(0), color=look.color, alpha=0.18, linewidth=0)
+            axis.fill_between(index, stack.min(0), stack.max(0), color=look.color, alpha=0.14, linewidth=0)
         few = look.marker if stack.shape[1] <= 40 else ""
         middle = np.median(stack, axis=0)
         axis.plot(index, middle, color=look.color, linestyle=look.dash, marker=few, markersize=3, linewidth=1.3)
