@@ -100,7 +100,8 @@ def outcome(study: Study) -> Picture | None:
         "Which regularizer helps?",
         "An interval on the right that does not touch zero is a difference that the seeds do not explain.",
         "Small dots: seeds; large markers: means; bars: 95 % t-intervals (none with one seed). Left: test accuracy. "
-        f"Right: the difference of runs that share a seed, each interval by itself (the table corrects for asking several times). {_seeds(study)}; the test split was used once, at the end.",
+        "Right: the difference of runs that share a seed, each interval for itself; the p values of the table are "
+        f"corrected for asking about several energies. {_seeds(study)}; the test split was used once, at the end.",
     )
 
 
