@@ -1,0 +1,381 @@
+"""Measures any weights: every tensor is in the table, analyzed or with the reason why it is not.
+
+The singular values of each weight are computed once and shared by all spectral energies and ranks. An energy over
+blocks is the sum over them. Besides the energies, each analyzed row has: rank = #{i: sigma_i > max(m, n) eps
+sigma_1}; effective rank = exp(-sum_i p_i log p_i), p_i = sigma_i / sum_j sigma_j (Roy and Vetterli 2007); stable rank
+= sum_i sigma_i^2 / sigma_1^2.
+
+Which matrix a tensor is: see `groundstate.blocks`. A 3-D tensor that is not a convolution is a stack of matrices (the
+experts of a mixture): with a model its module decides; in a file its name (``expert``, ``moe``: stack; ``conv``:
+convolution), else its last dimension (at most 16: the kernel of a convolution). The energies of a stack are summed
+over it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from groundstate.blocks import as_matrix, skip_reason
+from groundstate.energies.base import Energy, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
+from groundstate.energies.registry import parse, registered
+from groundstate.errors import UsageError
+from groundstate.norms.spectral import singular_values
+from groundstate.tensors import NamedTensor, TensorList, natural_key, open_tensors
+
+Status = Literal["analyzed", "skipped", "alias", "non-finite"]
+Progress = Callable[[int, int, str], None]
+Energies = str | Energy | Term | Sum | Iterable[str | Energy | Term | Sum]
+
+MAX_GRAPH_NODES = 4096  # nodes of the smaller color class beyond which "all" leaves the graph energy out
+_FIGURES = ("rank", "effective_rank", "stable_rank", "sigma_max", "sigma_min")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor.
+
+    Attributes:
+        name: Its name; text from a file is untrusted.
+        shape: Its shape.
+        dtype: Its dtype, empty for what is not a tensor.
+        parameters: Its number of entries.
+        status: ``analyzed``; ``skipped`` (see ``reason``); ``alias`` of a tensor above it; ``non-finite``.
+        reason: Why it is not analyzed, empty where it is.
+        values: Energies by their spec.
+        alias_of: The tensor whose memory an alias shares.
+        matrices: How many matrices it is: 1, or the length of a stack.
+        rank: Numerical rank, summed over a stack.
+        effective_rank: exp of the entropy of the normalized singular values, averaged over a stack.
+        stable_rank: Squared Frobenius over squared spectral norm, averaged over a stack.
+        sigma_max: Largest singular value, of the whole stack.
+        sigma_min: Smallest singular value, of the whole stack.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    status: Status
+    reason: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+    alias_of: str | None = None
+    matrices: int = 1
+    rank: int | None = None
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+    sigma_max: float | None = None
+    sigma_min: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What `measure` found.
+
+    Attributes:
+        rows: Every tensor, in the order of the model (of a file: by name, numbers as numbers).
+        totals: Energies of the whole network by their spec: sums over the analyzed rows, and network energies.
+        notes: What the reader should know: energies that are absent, and why.
+        evaluation: ``loss`` and ``accuracy`` on the data, where data was given.
+    """
+
+    rows: list[Row]
+    totals: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """The number of entries of all tensors, those with several names once."""
+        return sum(r.parameters for r in self.rows if r.status != "alias")
+
+    @property
+    def non_finite(self) -> list[str]:
+        """The names of the tensors that hold NaN, or weights that hold infinities."""
+        return [r.name for r in self.rows if r.status == "non-finite"]
+
+    def summary(self) -> dict[str, int]:
+        """Returns how many tensors have each status, and ``tensors``, how many there are."""
+        counts = Counter(r.status for r in self.rows)
+        known = {s: counts[s] for s in ("analyzed", "skipped", "alias", "non-finite")}
+        return {"tensors": len(self.rows), **known}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; numbers that JSON cannot write (NaN, infinity) become strings."""
+        document = {
+            "schema": 1,
+            "counts": self.summary(),
+            "parameters": self.parameters,
+            "totals": self.totals,
+            "evaluation": self.evaluation,
+            "notes": self.notes,
+            "rows": [asdict(r) for r in self.rows],
+        }
+        return _plain(document)
+
+    def to_csv(self) -> str:
+        """Returns one line a tensor; text cells that a spreadsheet would run as a formula are made inert."""
+        energies = list(dict.fromkeys(k for r in self.rows for k in r.values))
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        head = [
+            "name",
+            "shape",
+            "dtype",
+            "parameters",
+            "status",
+            "reason",
+            "alias_of",
+            "matrices",
+            *_FIGURES,
+            *energies,
+        ]
+        writer.writerow([_text(h) for h in head])
+        for row in self.rows:
+            texts = (row.name, "x".join(map(str, row.shape)), row.dtype)
+            more = (row.status, row.reason, row.alias_of or "")
+            figures = [getattr(row, f) for f in _FIGURES] + [row.values.get(e) for e in energies]
+            cells = [*map(_text, texts), row.parameters, *map(_text, more), row.matrices]
+            writer.writerow(cells + ["" if f is None else f for f in figures])
+        return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(cell: str) -> str:
+    cell = cell.encode("utf-8", "backslashreplace").decode("utf-8")
+    cell = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", cell)
+    return f"'{cell}" if cell.lstrip().startswith(("=", "+", "-", "@")) else cell
+
+
+def measure(
+    source: nn.Module | Mapping[str, Any] | str | Path,
+    energies: Energies = "all",
+    data: tuple[Tensor, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Table:
+    """Measures the energies of weights.
+
+    Args:
+        source: A module, a state dict, or a path: a ``.safetensors`` or ``.pt`` file, a folder of safetensors files, or
+            a run folder (its newest checkpoint). Files are read one tensor at a time.
+        energies: A spec such as ``"nuclear + graph"``, energies, or ``"all"``: the first example of every matrix energy
+            and of every network energy. Strengths and couplings play no part: an energy is measured as it is.
+        data: ``(x, y)``, inputs and class labels: adds loss and accuracy of a module.
+        progress: Called as ``progress(done, total, name)`` after each tensor.
+
+    Returns:
+        The table. Weights with NaN or infinities have the status ``non-finite`` and are left out of the totals.
+
+    Raises:
+        UsageError: an energy that weights alone do not have, a model without tensors, or only network energies were
+            asked for and the order of the layers is not known.
+        DataError: the path is missing or damaged, or holds more than tensors.
+
+    Cost: one set of singular values a weight, O(m n min(m, n)), whatever the number of spectral energies; the memory of
+    about three times the largest tensor.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> _ = model.weight.data.copy_(torch.diag(torch.tensor([3.0, 4.0])))
+    >>> table = measure(model, "nuclear + squared_frobenius")
+    >>> table.totals, table.rows[0].rank
+    ({'nuclear': 7.0, 'squared_frobenius': 25.0}, 2)
+    """
+    wanted = _energies(energies)
+    tensors = open_tensors(source)
+    if not tensors.entries:
+        raise UsageError("there is nothing to measure: the model (or state dict) has no tensor")
+    matrix = {k: e for k, e in wanted.items() if isinstance(e, MatrixEnergy)}
+    network = {k: e for k, e in wanted.items() if isinstance(e, NetworkEnergy)}
+    evaluation = {} if data is None else _evaluate(tensors.model, *data)
+    rows: list[Row] = []
+    with torch.no_grad():
+        for done, entry in enumerate(tensors.entries, 1):
+            rows.append(_row(entry, matrix))
+            if progress is not None:
+                progress(done, len(tensors.entries), entry.name)
+        totals = _totals(rows, matrix)
+        notes = list(tensors.notes)
+        broken = [r.name for r in rows if r.status == "non-finite"]
+        if broken:
+            notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
+        if network:
+            found, absent = _network(tensors, rows, network, limit=MAX_GRAPH_NODES if energies == "all" else None)
+            if not found and not matrix:
+                raise UsageError(absent[0])
+            totals |= found
+            notes += absent
+    return Table(rows, totals, notes, evaluation)
+
+
+def _energies(energies: Energies) -> dict[str, Energy]:
+    if isinstance(energies, str) and energies.strip() == "all":
+        classes = [c for c in registered().values() if issubclass(c, MatrixEnergy | NetworkEnergy)]
+        chosen: list[Energy] = [c.examples()[0] for c in classes]
+    else:
+        parts = [energies] if isinstance(energies, str | Energy | Term | Sum) else list(energies)
+        sums = [parse(p) if isinstance(p, str) else Sum.of(p) for p in parts]
+        chosen = [t.energy for s in sums for t in s.terms]
+    for energy in chosen:
+        if not isinstance(energy, MatrixEnergy | NetworkEnergy):
+            raise UsageError(
+                f"{energy.name!r} is not an energy of weights alone (it needs training or data): leave it out here"
+            )
+    return {repr(e): e for e in chosen}
+
+
+def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy]) -> Row:
+    count = math.prod(entry.shape) if entry.dtype else 0
+
+    def row(status: Status, reason: str = "") -> Row:
+        return Row(entry.name, entry.shape, entry.dtype, count, status, reason, alias_of=entry.alias_of)
+
+    if entry.alias_of is not None:
+        return row("alias", f"shares its memory with {entry.alias_of}")
+    if entry.read is None:
+        return row("skipped", entry.reason or "cannot be read")
+    tensor = entry.read()
+    reason = entry.reason or skip_reason(entry.name, tensor, entry.module)
+    nans, infinities = _non_finite(tensor)
+    if nans or infinities:
+        # infinities are ordinary in masks and other tensors that are no weights
+        what = f"{nans} NaN and {infinities} infinite of {count} entries"
+        return row("non-finite" if nans or reason is None else "skipped", f"{reason}; {what}" if reason else what)
+    if reason is not None:
+        return row("skipped", reason)
+    matrices = _matrices(entry, tensor)
+    spectra = singular_values(matrices).double()
+    values = {}
+    for key, energy in energies.items():
+        value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(matrices)
+        values[key] = float(value.double().sum())
+    figures = _figures(spectra, max(matrices.shape[-2:]), matrices.dtype)
+    stack = len(matrices) if matrices.ndim == 3 else 1
+    return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", values=values, matrices=stack, **figures)
+
+
+def _non_finite(tensor: Tensor) -> tuple[int, int]:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return 0, 0
+    nans = infinities = 0
+    for part in tensor.reshape(-1).split(1 << 22):  # in parts: the masks of a large tensor are large
+        wide = part.float() if part.dtype.itemsize == 1 else part
+        if not bool(torch.isfinite(wide).all()):
+            nans += int(torch.isnan(wide).sum())
+            infinities += int(torch.isinf(wide).sum())
+    return nans, infinities
+
+
+def _matrices(entry: NamedTensor, tensor: Tensor) -> Tensor:
+    """Returns ``(out, in)``, or ``(stack, out, in)``, in float32 or float64."""
+    wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return wide if wide.ndim == 3 and _is_stack(entry) else as_matrix(wide)
+
+
+def _is_stack(entry: NamedTensor) -> bool:
+    if entry.module is not None:
+        return not isinstance(entry.module, nn.modules.conv._ConvNd)
+    name = entry.name.lower()
+    if re.search(r"expert|moe", name):
+        return True
+    return "conv" not in name and entry.shape[-1] > 16
+
+
+def _figures(s: Tensor, longest: int, dtype: torch.dtype) -> dict[str, Any]:
+    if s.shape[-1] == 0 or s.numel() == 0:
+        return {"rank": 0, "effective_rank": 0.0, "stable_rank": 0.0, "sigma_max": 0.0, "sigma_min": 0.0}
+    top = s[..., :1]
+    relative = s / torch.where(top > 0, top, torch.ones_like(top))
+    p = relative / relative.sum(-1, keepdim=True).clamp_min(1.0)  # the sum is at least 1, or the matrix is zero
+    effective = torch.where(top[..., 0] > 0, torch.exp(-torch.special.xlogy(p, p).sum(-1)), 0.0)
+    return {
+        "rank": int((relative > longest * torch.finfo(dtype).eps).sum()),
+        "effective_rank": float(effective.mean()),
+        "stable_rank": float(relative.square().sum(-1).mean()),
+        "sigma_max": float(s.max()),
+        "sigma_min": float(s.min()),
+    }
+
+
+def _totals(rows: list[Row], energies: Iterable[str]) -> dict[str, float]:
+    analyzed = [r for r in rows if r.status == "analyzed"]
+    return {k: math.fsum(r.values[k] for r in analyzed) for k in energies}
+
+
+def _network(
+    tensors: TensorList, rows: list[Row], energies: Mapping[str, NetworkEnergy], limit: int | None
+) -> tuple[dict[str, float], list[str]]:
+    """Returns the network energies, or the notes that say why they are absent."""
+    names = ", ".join(energies)
+    try:
+        layers, notes = _ordered(tensors, rows)
+    except UsageError as error:
+        return {}, [f"{names}: {error}"]
+    widths = [layers[0].shape[1], *(w.shape[0] for w in layers)]
+    nodes = min(sum(widths[::2]), sum(widths[1::2]))
+    if limit is not None and nodes > limit:
+        return {}, [f"{names}: left out, an eigenproblem of {nodes} nodes is slow; ask for it by name"]
+    return {k: float(e.value(layers)) for k, e in energies.items()}, [f"{names}: {n}" for n in notes]
+
+
+def _ordered(tensors: TensorList, rows: list[Row]) -> tuple[list[Tensor], list[str]]:
+    broken = [r.name for r in rows if r.status == "non-finite"]
+    if broken:
+        raise UsageError(f"the weights of {broken[0]!r} are not finite")
+    if tensors.model is not None:
+        from groundstate.layers import ordered_layers
+
+        layers = ordered_layers(tensors.model)
+        if meta := [name for name, p in layers if p.is_meta]:
+            raise UsageError(f"the weight {meta[0]!r} is on the meta device: it has no data")
+        return [p.detach() for _, p in layers], []
+    order = sorted((r for r in rows if len(r.shape) >= 2 and r.status != "alias"), key=lambda r: natural_key(r.name))
+    found = [re.fullmatch(r"(.*?)(\d+)\.weight", r.name) for r in order]
+    chained = all(len(r.shape) == 2 and r.status == "analyzed" for r in order) and all(
+        a.shape[0] == b.shape[1] for a, b in pairwise(order)
+    )
+    if not order or not chained or None in found or len({m[1] for m in found if m}) != 1:
+        raise UsageError("the order of the layers is not known from the names alone: give the model itself")
+    entries = {e.name: e for e in tensors.entries}
+    reads = [entries[r.name].read for r in order]
+    listed = ", ".join(r.name for r in order)
+    return [read().float() for read in reads if read is not None], [f"order of the layers taken from names: {listed}"]
+
+
+def _evaluate(model: nn.Module | None, x: Tensor, y: Tensor) -> dict[str, float]:
+    if model is None:
+        raise UsageError("data needs the model itself: a file or a state dict cannot be run")
+    if len(x) != len(y) or not len(x):
+        raise UsageError(
+            f"data must be inputs and as many labels, at least one; got {len(x)} inputs and {len(y)} labels"
+        )
+    modes = [(m, m.training) for m in model.modules()]
+    loss, right = 0.0, 0
+    try:
+        model.eval()
+        with torch.no_grad():
+            for inputs, labels in zip(x.split(1024), y.split(1024), strict=True):
+                outputs = model(inputs)
+                loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
+                right += int((outputs.argmax(-1) == labels).sum())
+    finally:
+        for module, training in modes:
+            module.training = training
+    return {"loss": loss / len(x), "accuracy": right / len(x)}

@@ -1,0 +1,358 @@
+"""The table holds every tensor; its numbers are those of independent formulas; memory stays that of one tensor."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import groundstate as gs
+from groundstate.energies import L1, GraphEnergy, MatrixEnergy, Nuclear, SquaredFrobenius, registered
+from groundstate.errors import UsageError
+from groundstate.measure import Row, Table, measure
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mlp(seed: int, *widths: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    g = generator(seed)
+    layers: list[nn.Module] = []
+    for m, n in zip(widths[1:], widths[:-1], strict=True):
+        layer = nn.Linear(n, m, dtype=dtype)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(m, n, generator=g, dtype=torch.float64))
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def rows(table: Table) -> dict[str, Row]:
+    return {r.name: r for r in table.rows}
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().double() for p in model.parameters() if p.ndim == 2]
+
+
+def test_the_package_gives_the_function_even_after_the_module_of_its_name_was_imported() -> None:
+    assert gs.measure is measure
+
+
+def test_values_ranks_and_totals_are_those_of_independent_formulas() -> None:
+    model = mlp(1, 12, 9, 7)
+    table = measure(model, "nuclear + squared_frobenius + l1")
+    for name, w in zip(("0.weight", "2.weight"), weights(model), strict=True):
+        row, s = rows(table)[name], np.linalg.svd(w.numpy(), compute_uv=False)
+        p = s / s.sum()
+        # float32 singular values: a few rounding errors of 6e-8 each
+        assert row.values["nuclear"] == pytest.approx(s.sum(), rel=1e-6)
+        assert row.values["squared_frobenius"] == pytest.approx((s**2).sum(), rel=1e-6)
+        assert row.values["l1"] == pytest.approx(float(w.abs().sum()), rel=1e-6)
+        assert row.effective_rank == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-5)
+        assert row.stable_rank == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-5)
+        assert (row.sigma_max, row.sigma_min) == pytest.approx((s[0], s[-1]), rel=1e-4)
+        assert row.rank == min(w.shape)
+    for key, total in table.totals.items():
+        assert total == pytest.approx(sum(r.values[key] for r in table.rows if r.status == "analyzed"), rel=1e-12)
+    assert table.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_all_is_every_matrix_energy_and_the_network_energies() -> None:
+    table = measure(mlp(2, 6, 5, 4))
+    matrix = {repr(c.examples()[0]) for c in registered().values() if issubclass(c, MatrixEnergy)}
+    assert set(rows(table)["0.weight"].values) == matrix
+    assert set(table.totals) >= matrix | {"graph"}
+
+
+def test_shared_singular_values_give_what_each_energy_gives_alone() -> None:
+    w = torch.randn(8, 6, generator=generator(3), dtype=torch.float64)
+    for cls in registered().values():
+        if issubclass(cls, MatrixEnergy):
+            for energy in cls.examples():
+                (row,) = measure({"fc.weight": w}, energy).rows
+                # float64, two routes to the same singular values; smoothed square roots lose a few digits
+                assert row.values[repr(energy)] == pytest.approx(float(energy.value(w)), rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("energies", ["nuclear + l1", [Nuclear(), "l1"], Nuclear() + L1(), (3e-4 * Nuclear(), L1())])
+def test_energies_may_be_given_in_any_form_and_strength_plays_no_part(energies: Any) -> None:
+    table = measure(mlp(4, 5, 4), energies)
+    assert set(table.totals) == {"nuclear", "l1"}
+    assert table.totals == measure(mlp(4, 5, 4), "nuclear + l1").totals
+
+
+def test_numerical_rank_counts_what_rounding_does_not_explain() -> None:
+    g = generator(5)
+    a, b = torch.randn(40, 3, generator=g), torch.randn(3, 30, generator=g)
+    (row,) = measure({"w": a @ b}, "none").rows
+    assert row.rank == 3
+
+
+@pytest.mark.parametrize("w", [torch.zeros(4, 3), torch.zeros(0, 3), torch.zeros(3, 0)])
+def test_zero_and_empty_matrices_have_rank_zero(w: Tensor) -> None:
+    (row,) = measure({"w": w}, "nuclear").rows
+    assert (row.status, row.rank, row.effective_rank, row.stable_rank) == ("analyzed", 0, 0.0, 0.0)
+    assert row.values["nuclear"] == 0.0
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_ranks_do_not_depend_on_the_scale(scale: float) -> None:
+    w = torch.randn(7, 5, generator=generator(6))
+    (row,) = measure({"w": w * scale}, "nuclear").rows
+    (reference,) = measure({"w": w}, "nuclear").rows
+    assert row.rank == reference.rank == 5
+    assert row.effective_rank == pytest.approx(reference.effective_rank, rel=1e-5)  # float32 rounding of w * scale
+    assert row.values["nuclear"] == pytest.approx(reference.values["nuclear"] * scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_any_floating_dtype_is_measured_at_its_stored_values(dtype: torch.dtype) -> None:
+    w = torch.randn(6, 5, generator=generator(7)).to(dtype)
+    (row,) = measure({"w": w}, "squared_frobenius").rows
+    assert row.values["squared_frobenius"] == pytest.approx(float(w.double().square().sum()), rel=1e-6)
+    assert row.rank == 5
+
+
+class Experts(nn.Module):
+    """A stack of expert matrices, as mixtures keep them."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(w)
+
+
+def test_stack_of_experts_is_a_batch_of_matrices_and_convolutions_are_not() -> None:
+    w = torch.randn(4, 6, 5, generator=generator(8))
+    expected = sum(float(torch.linalg.svdvals(v.double()).sum()) for v in w)
+    for source, name in ((Experts(w), "gate"), ({"mlp.experts.up": w}, "mlp.experts.up")):
+        row = rows(measure(source, "nuclear"))[name]
+        assert (row.matrices, row.rank) == (4, 20)
+        assert row.values["nuclear"] == pytest.approx(expected, rel=1e-6)  # float32 sums
+    flat = float(torch.linalg.svdvals(w.reshape(4, 30).double()).sum())
+    conv = nn.Conv1d(6, 4, 5)
+    conv.weight.data.copy_(w)
+    for source, name in ((conv, "weight"), ({"conv1.weight": w}, "conv1.weight"), ({"w": w}, "w")):
+        row = rows(measure(source, "nuclear"))[name]
+        assert row.matrices == 1
+        assert row.values["nuclear"] == pytest.approx(flat, rel=1e-6)
+    wide = torch.randn(2, 20, 17, generator=generator(9))
+    assert measure({"ff.up": wide}, "nuclear").rows[0].matrices == 2  # no kernel has length 17
+
+
+def test_every_tensor_is_listed_with_the_reason_it_was_skipped() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 9, bias=False))
+    model[3].weight = model[0].weight
+    table = measure(model, "nuclear")
+    found = rows(table)
+    assert set(found) == set(model.state_dict())
+    assert found["0.weight"].reason == "embedding"
+    assert (found["3.weight"].status, found["3.weight"].alias_of) == ("alias", "0.weight")
+    assert found["1.weight"].status == "analyzed"
+    assert all(r.reason for r in table.rows if r.status != "analyzed")
+    assert table.summary() == {"tensors": len(found), "analyzed": 1, "skipped": 7, "alias": 1, "non-finite": 0}
+
+
+def test_tied_weights_count_once() -> None:
+    w = torch.randn(4, 4, generator=generator(10))
+    assert measure({"a": w, "b": w}, "nuclear").totals == measure({"a": w}, "nuclear").totals
+
+
+def test_nan_is_named_and_left_out_of_the_totals() -> None:
+    model = mlp(11, 5, 4, 3)
+    good = measure(model, "nuclear")
+    with torch.no_grad():
+        weight = next(model[2].parameters())
+        weight[0, :2], weight[1, 0] = math.nan, math.inf
+    table = measure(model, "nuclear + graph")
+    row = rows(table)["2.weight"]
+    assert row.status == "non-finite"
+    assert "2 NaN and 1 infinite of 12 entries" in row.reason
+    assert table.non_finite == ["2.weight"]
+    assert table.totals == {"nuclear": rows(good)["0.weight"].values["nuclear"]}
+    assert any("2.weight" in n for n in table.notes)
+
+
+def test_nan_in_a_bias_is_found_and_infinite_masks_are_ordinary() -> None:
+    table = measure({"fc.bias": torch.tensor([math.nan, 1.0]), "mask": torch.tensor([-math.inf])}, "nuclear")
+    assert [r.status for r in table.rows] == ["non-finite", "skipped"]
+
+
+# Network energies
+
+
+def test_graph_energy_of_a_model_and_of_its_file_agree(tmp_path: Path) -> None:
+    model = mlp(12, 7, 6, 5, 4, 3, 4, 5)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    adjacency = torch.zeros(34, 34, dtype=torch.float64)
+    start = 0
+    for w in weights(model):
+        m, n = w.shape
+        adjacency[start + n : start + n + m, start : start + n] = w
+        start += n
+    expected = float(torch.linalg.eigvalsh(adjacency + adjacency.T).abs().sum())
+    for source in (model, tmp_path / "model.safetensors", model.state_dict()):
+        assert measure(source, "graph").totals["graph"] == pytest.approx(expected, rel=1e-5)  # float32 weights
+    assert any("taken from names" in n for n in measure(tmp_path / "model.safetensors").notes)
+
+
+def test_graph_energy_that_cannot_be_had_is_a_note_or_an_error_where_it_is_all_that_was_asked() -> None:
+    state = {"encoder.weight": torch.randn(4, 4, generator=generator(13)), "x": torch.ones(3, 3)}
+    table = measure(state)
+    assert "graph" not in table.totals
+    assert any(n.startswith("graph: the order") for n in table.notes)
+    with pytest.raises(UsageError, match="order of the layers"):
+        measure(state, GraphEnergy())
+    with pytest.raises(UsageError):
+        measure(nn.LSTM(3, 3), "graph")
+
+
+def test_energies_that_weights_do_not_have_are_refused() -> None:
+    with pytest.raises(UsageError, match="path_energy"):
+        measure(mlp(14, 3, 2), "path_energy")
+    with pytest.raises(UsageError, match="nuclear"):
+        measure(mlp(14, 3, 2), "nucler")
+
+
+def test_model_without_data_is_listed() -> None:
+    table = measure(nn.Sequential(nn.Linear(3, 2, device="meta")))
+    assert [r.status for r in table.rows] == ["skipped", "skipped"]
+    assert any("meta device" in n for n in table.notes)
+
+
+# Output
+
+
+def test_json_and_csv_are_safe_to_open(tmp_path: Path) -> None:
+    hostile = ["=cmd|'/c calc'!A1", "+1", "-1", "@x", "\t=1", "a\x1b[31mb\nc", "\ud800", "<script>"]
+    table = measure({n: torch.ones(2, 2) for n in hostile}, "nuclear")
+    (tmp_path / "table.csv").write_text(table.to_csv(), "utf-8")
+    lines = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert len(lines) == len(hostile)
+    for line in lines:
+        assert not line["name"].lstrip().startswith(("=", "+", "-", "@"))
+        assert line["name"].isprintable()
+        assert float(line["nuclear"]) == pytest.approx(2.0, rel=1e-6)  # the all-ones 2x2 matrix has sigma = (2, 0)
+    text = json.dumps(table.to_dict(), allow_nan=False)
+    assert [r["name"] for r in json.loads(text)["rows"]] == hostile
+
+
+def test_numbers_that_json_cannot_write_become_text() -> None:
+    table = Table([Row("w", (1,), "float32", 1, "analyzed", values={"x": math.inf})], {"x": math.nan})
+    document = json.loads(json.dumps(table.to_dict(), allow_nan=False))
+    assert (document["totals"]["x"], document["rows"][0]["values"]["x"]) == ("nan", "inf")
+
+
+def test_progress_is_told_of_every_tensor() -> None:
+    calls: list[tuple[int, int, str]] = []
+    measure(mlp(15, 4, 3), "nuclear", progress=lambda *a: calls.append(a))
+    assert calls == [(1, 2, "0.weight"), (2, 2, "0.bias")]
+
+
+# Data, and what measuring must not change
+
+
+def test_data_gives_loss_and_accuracy() -> None:
+    model = nn.Sequential(mlp(16, 6, 4), nn.Dropout(0.5))
+    x, y = torch.randn(3000, 6, generator=generator(17)), torch.arange(3000) % 4
+    table = measure(model, SquaredFrobenius(), data=(x, y))
+    with torch.no_grad():
+        out = model[0](x)
+    assert table.evaluation["accuracy"] == pytest.approx(float((out.argmax(1) == y).double().mean()), rel=1e-12)
+    expected = float(nn.functional.cross_entropy(out, y))
+    assert table.evaluation["loss"] == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
+    assert model.training
+    with pytest.raises(UsageError, match="the model itself"):
+        measure(model.state_dict(), "nuclear", data=(x, y))
+    with pytest.raises(UsageError, match="as many labels"):
+        measure(model, "nuclear", data=(x, y[:5]))
+
+
+def test_measuring_changes_neither_weights_nor_the_random_numbers() -> None:
+    model = mlp(18, 6, 5, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = torch.random.get_rng_state()
+    measure(model)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("source", [{}, nn.ReLU()])
+def test_nothing_to_measure(source: Any) -> None:
+    with pytest.raises(UsageError, match="nothing to measure"):
+        measure(source)
+
+
+# Memory
+
+MEASURE = """
+import json, sys, torch
+torch.set_num_threads(1)
+from groundstate.measure import measure
+
+def peak():
+    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+measure({"w": torch.randn(64, 64)}, "all")
+warm, calls = peak(), []
+table = measure(sys.argv[1], "all", progress=lambda *a: calls.append(a))
+print(json.dumps({"warm": warm, "peak": peak(), "calls": len(calls), "counts": table.summary()}))
+"""
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc/self/status")
+
+
+def transformer_file(path: Path, width: int, layers: int, vocabulary: int) -> tuple[int, int]:
+    """Writes a transformer's weights piece by piece; returns how many tensors and the bytes of the largest."""
+    shapes = {"model.embed_tokens.weight": (vocabulary, width)}
+    for k in range(layers):
+        names = {f"attn.{p}_proj.weight": (width, width) for p in "qkvo"}
+        names |= {"mlp.up.weight": (4 * width, width), "mlp.down.weight": (width, 4 * width), "norm.weight": (width,)}
+        shapes |= {f"model.layers.{k}.{n}": s for n, s in names.items()}
+    head, at = {}, 0
+    for name, shape in shapes.items():
+        head[name] = {"dtype": "F32", "shape": shape, "data_offsets": (at, at := at + 4 * math.prod(shape))}
+    raw, draw = json.dumps(head).encode(), np.random.default_rng(19)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for shape in shapes.values():
+            file.write((draw.standard_normal(shape, dtype=np.float32) * 0.02).tobytes())
+    return len(shapes), max(4 * math.prod(s) for s in shapes.values())
+
+
+def measured(path: Path) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@linux
+def test_memory_of_a_file_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    count, largest = transformer_file(tmp_path / "model.safetensors", width=320, layers=4, vocabulary=2048)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    found = measured(tmp_path / "model.safetensors")
+    assert found["calls"] == found["counts"]["tensors"] == count
+    assert found["counts"]["analyzed"] == 24
+    # three times the largest tensor, and 8 MB for work space of the decomposition and the allocator's slack
+    assert found["peak"] - found["warm"] <= 3 * largest + 8e6
+    assert 3 * largest + 8e6 < size
+
+
+@linux
+@pytest.mark.slow
+def test_memory_of_a_file_of_500_megabytes(tmp_path: Path) -> None:
+    count, largest = transformer_file(tmp_path / "model.safetensors", width=1024, layers=7, vocabulary=32000)
+    assert 480e6 < (tmp_path / "model.safetensors").stat().st_size < 520e6
+    found = measured(tmp_path / "model.safetensors")
+    assert found["calls"] == found["counts"]["tensors"] == count
+    assert found["peak"] <= 3 * largest + 600e6
