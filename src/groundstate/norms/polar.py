@@ -29,7 +29,7 @@ Route = Literal["auto", "svd", "gram"]
 # Beyond this aspect ratio the Gram matrix is nearly as large as the matrix, and the SVD as fast.
 _ASPECT = 0.7
 # Bounds on the estimated relative error of Q: float32 weights in a float32 and a float64 Gram matrix, float64 weights.
-_TRUST_SINGLE = 2e-5
+_TRUST_SINGLE = 5e-5
 _TRUST_SINGLE_IN_DOUBLE = 1e-6
 _TRUST_DOUBLE = 1e-11
 # A float32 Gram matrix is no use below this ratio of its eigenvalues, whatever the estimate.
@@ -120,11 +120,14 @@ def _by_gram(tall: Tensor, dtype: torch.dtype, zero: float, trust: float) -> tup
     """
     work = tall.to(dtype)
     eps = torch.finfo(dtype).eps
+    gram = _gram(work)
+    nothing = torch.zeros(tall.shape[0], dtype=torch.bool, device=tall.device)
+    if dtype == tall.dtype and not bool(_promising(gram, trust).any()):
+        return tall, tall[:, 0, 0], nothing
     try:
-        lam, v = torch.linalg.eigh(_gram(work))
+        lam, v = torch.linalg.eigh(gram)
     except LinAlgError:
-        nothing = torch.zeros(tall.shape[0], dtype=tall.dtype, device=tall.device)
-        return torch.zeros_like(tall), nothing, nothing.bool()
+        return tall, tall[:, 0, 0], nothing
     top = lam[:, -1:]
     kept = lam > max(zero**2, lam.shape[-1] * eps) * top
     inverse = torch.where(kept, 1 / torch.where(kept, lam, 1.0), 0.0)
@@ -135,15 +138,25 @@ def _by_gram(tall: Tensor, dtype: torch.dtype, zero: float, trust: float) -> tup
     else:  # no singular value may be lost in the rounding of the Gram matrix
         ok &= (kept | (lam <= zero**2 * top)).all(-1)
     if not bool(ok.any()):
-        return tall, lam[:, 0].to(tall.dtype), ok
+        return tall, tall[:, 0, 0], nothing
     half = v * inverse.sqrt().sqrt()[:, None, :]
     z = half @ half.mT
     product_error = torch.finfo(tall.dtype).eps * (top[:, 0] * inverse.sum(-1) / count).sqrt()
-    if float(product_error[ok].max()) <= _TRUST_PRODUCT:
-        q = tall @ z.to(tall.dtype)
-    else:
-        q = (work @ z).to(tall.dtype)
+    in_single = float(product_error[ok].max()) <= _TRUST_PRODUCT
+    q = tall @ z.to(tall.dtype) if in_single else (work @ z).to(tall.dtype)
     return q, lam.clamp_min(0).sqrt().sum(-1).to(tall.dtype), ok
+
+
+def _promising(gram: Tensor, trust: float) -> Tensor:
+    """Predicts from a Cholesky factor which Gram matrices are accurate enough, ``(batch,)``; only speed rests on it.
+
+    The largest eigenvalue is at least ||G||_F^2 / tr G, and 1 / L_nn^2 is the last diagonal entry of the inverse.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    square = 2 * gram.tril().square().sum((-2, -1)) - diagonal.square().sum(-1)
+    inverse = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1).reciprocal()
+    return (failed == 0) & (torch.finfo(gram.dtype).eps * square / diagonal.sum(-1) * inverse <= trust)
 
 
 def _gram(tall: Tensor) -> Tensor:

@@ -124,28 +124,30 @@ def svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     with torch.no_grad():
         work, scale = prepare(w.detach())
+        wide = w.shape[-2] < w.shape[-1]
+        tall = work.mT if wide else work  # LAPACK takes half the time for a tall matrix that it takes for a wide one
         try:
-            u, s, vh = torch.linalg.svd(work, full_matrices=False)
+            u, s, vh = torch.linalg.svd(tall, full_matrices=False)
         except LinAlgError:
-            u, s, vh = (x.to(work.dtype) for x in _stubborn_svd(work.double()))
+            u, s, vh = (x.to(work.dtype) for x in _stubborn_svd(tall.double()))
+        if wide:
+            u, vh = vh.mT, u.mT
         return u, (s if scale is None else (s * scale[..., 0]).to(s.dtype)), vh
 
 
-def _stubborn_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD in float64 for matrices on which the first attempt failed; then by Gram eigenvectors and a QR."""
+def _stubborn_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD in float64 for tall matrices on which the first attempt failed; then by Gram eigenvectors and a QR."""
     try:
-        return torch.linalg.svd(work, full_matrices=False)
+        return torch.linalg.svd(tall, full_matrices=False)
     except LinAlgError:
         pass
-    wide = work.shape[-2] < work.shape[-1]
-    tall = work.mT if wide else work
     gram = tall.mT @ tall
     jitter = 1e-15 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     try:
         _, v = torch.linalg.eigh(gram + jitter * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     except LinAlgError as error:
         raise NonFiniteError(
-            f"no singular value decomposition of the weight of shape {tuple(work.shape)} converges: look for extreme "
+            f"no singular value decomposition of the weight of shape {tuple(tall.shape)} converges: look for extreme "
             "entries in it"
         ) from error
     v = v.flip(-1)
@@ -155,7 +157,7 @@ def _stubborn_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s, order = diagonal.abs().sort(dim=-1, descending=True)
     u = u.gather(-1, order[..., None, :].expand_as(u))
     v = v.gather(-1, order[..., None, :].expand_as(v))
-    return (v, s, u.mT) if wide else (u, s, v.mT)
+    return u, s, v.mT
 
 
 def rank(w: Tensor) -> Tensor:
