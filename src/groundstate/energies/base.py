@@ -137,20 +137,40 @@ class TrajectoryEnergy(Energy):
         """Returns the state at the first point of the trajectory."""
 
     @abstractmethod
-    def observe(self, state: dict[str, Tensor], blocks: Mapping[str, Tensor], dt: float) -> dict[str, Tensor]:
-        """Returns the state after one optimizer step that led to ``blocks``; ``dt`` is the step's learning rate."""
+    def observe(
+        self, state: dict[str, Tensor], blocks: Mapping[str, Tensor], dt: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Returns the state after one optimizer step that led to ``blocks``.
+
+        Args:
+            state: The state before the step; may be changed in place.
+            blocks: The weights now, by name.
+            dt: The learning rate of that step, by name of block.
+        """
 
     @abstractmethod
     def value(self, state: Mapping[str, Tensor]) -> Tensor:
         """Returns the energy of the path so far, a float64 scalar."""
 
     @abstractmethod
-    def grad(self, state: Mapping[str, Tensor], name: str, block: Tensor) -> Tensor:
-        """Returns the gradient of the term that the energy adds at the current weights, shape of ``block``."""
+    def term(self, state: Mapping[str, Tensor], blocks: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the value that the energy adds to the objective at the current weights and its gradient, by name."""
+
+    @abstractmethod
+    def rebase(self, state: dict[str, Tensor], blocks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+        """Returns the state moved to ``blocks`` without counting the jump, and the length of the jump."""
 
     def summary(self, state: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the figures that a report shows, by name."""
         return {self.name: float(self.value(state))}
+
+    def explain(self, strength: float, optimizer: torch.optim.Optimizer) -> str:
+        """Returns what the term does to this optimizer.
+
+        Raises:
+            UsageError: the term makes the optimizer unstable.
+        """
+        return f"g <- g + {strength:g} * gradient of {self!r}"
 
 
 class Spectral(ABC):
