@@ -1,0 +1,138 @@
+"""The full description of one training run: plain values, so that a run folder reproduces itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from groundstate.energies.base import COUPLINGS
+from groundstate.energies.registry import parse
+from groundstate.errors import UsageError, nearest
+
+MONITOR = "nuclear + squared_frobenius + graph + path_energy"
+
+_CHOICES = {
+    "coupling": COUPLINGS,
+    "data": ("digits", "mnist"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": ("constant", "linear", "cosine"),
+    "nonfinite": ("stop", "skip", "backoff"),
+}
+_POSITIVE = ("every", "epochs", "batch_size", "accumulate", "threads", "checkpoint_every", "keep")
+_AT_LEAST_ZERO = ("lr", "momentum", "weight_decay", "label_noise")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, how, and what to watch.
+
+    Attributes:
+        energy: Spec of the energy, e.g. ``"1e-3*nuclear"``; ``"none"`` is the baseline.
+        coupling: Coupling of the terms that name none.
+        every: Let weight energies act at every k-th step.
+        select: Patterns of weight names; default: all matrices.
+        data: ``digits`` (embedded) or ``mnist``.
+        data_dir: Folder with local copies of the data.
+        model: ``mlp:784-28-10`` or ``auto``.
+        epochs: Passes over the training split.
+        batch_size: Samples per optimizer step.
+        optimizer: sgd, adam or adamw.
+        lr: Learning rate; momentum (sgd) and weight_decay as in torch.
+        schedule: Learning rate over the run: constant, linear or cosine to 0.
+        clip: Largest gradient norm, energies included; default: no clipping.
+        accumulate: Micro-batches per optimizer step.
+        seed: Key of initialization, data order and label noise.
+        threads: Threads of torch; results depend on it in the last bits.
+        final_prox: Step length of one prox after the last step; default: none.
+        nonfinite: stop, skip (at most 10 in a row) or backoff (last checkpoint, half the learning rate).
+        checkpoint_every: Epochs between checkpoints; checkpoint_steps adds one every n steps.
+        keep: Checkpoints kept, at least 2.
+        val_size, train_size, label_noise: The splits; see `groundstate.training.data.load`.
+        monitor: Spec of the energies recorded at the end of every epoch; ``"none"``: nothing.
+    """
+
+    energy: str = "none"
+    coupling: str = "grad"
+    every: int = 1
+    select: str | None = None
+    data: str = "digits"
+    data_dir: str | None = None
+    model: str = "auto"
+    epochs: int = 10
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    clip: float | None = None
+    accumulate: int = 1
+    seed: int = 0
+    threads: int = 1
+    final_prox: float | None = None
+    nonfinite: str = "stop"
+    checkpoint_every: int = 1
+    checkpoint_steps: int | None = None
+    keep: int = 2
+    val_size: int | None = None
+    train_size: int | None = None
+    label_noise: float = 0.0
+    monitor: str = MONITOR
+
+    def __post_init__(self) -> None:
+        parse(self.energy)
+        parse(self.monitor)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                hint = nearest(str(value), choices)
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} must be a whole number from 1, got {value!r}")
+        for name in _AT_LEAST_ZERO:
+            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise UsageError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
+        for name in ("clip", "final_prox", "checkpoint_steps", "train_size"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be positive, got {value!r}")
+        if self.keep < 2:
+            raise UsageError(
+                f"keep must be at least 2, so that a damaged checkpoint has a predecessor, got {self.keep}"
+            )
+        if self.accumulate > self.batch_size:
+            raise UsageError(f"accumulate ({self.accumulate}) must not exceed batch_size ({self.batch_size})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads `to_dict`.
+
+        Raises:
+            UsageError: an option is unknown (the nearest one is named) or has a value that cannot be used.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
+        return cls(**values)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """Returns ``"name: mine -> other's"`` for every option that decides the result and differs."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        free = {"data_dir", "checkpoint_every", "checkpoint_steps", "keep", "threads"}
+        return [f"{k}: {mine[k]!r} -> {theirs[k]!r}" for k in mine if mine[k] != theirs[k] and k not in free]
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that name the configuration."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
