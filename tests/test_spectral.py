@@ -316,6 +316,17 @@ def test_prox_is_stationary_and_not_beaten(energy: MatrixEnergy) -> None:
             assert objective(other) >= best
 
 
+def test_prox_refuses_steps_that_make_no_sense() -> None:
+    for step in (-1e-3, math.nan, math.inf):
+        for energy in (Nuclear(), SquaredFrobenius(), Frobenius(), LogDet(eps=1.0)):
+            with pytest.raises(UsageError, match="step of a proximal map"):
+                energy.prox(torch.eye(2), step)
+    for energy in ENERGIES:
+        if isinstance(energy, Proximable):
+            w = random((5, 4), 30)
+            assert torch.allclose(energy.prox(w, 0.0), w, rtol=0, atol=1e-13)  # rounding of one decomposition
+
+
 def test_singular_value_thresholding_and_clipping_split_the_matrix() -> None:
     w = random((9, 6), 15)
     for step in (0.1, 1.0, 3.0):
@@ -416,8 +427,26 @@ def test_the_svd_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
         raise spectral.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    with pytest.raises(NonFiniteError, match=r"\(12, 5\) converges"):
+    with pytest.raises(NonFiniteError, match=r"\(12, 5\) .* converges"):
         spectral.svd(w)
+
+
+def test_singular_values_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, w = torch.linalg.svdvals, random((5, 12), 29)
+    expected = original(w)
+    failing = {torch.float32}
+
+    def svdvals(a: Tensor) -> Tensor:
+        if a.dtype in failing:
+            raise spectral.LinAlgError("did not converge")
+        return original(a)
+
+    monkeypatch.setattr(torch.linalg, "svdvals", svdvals)
+    assert torch.allclose(spectral.singular_values(w.float()).double(), expected, rtol=1e-6)  # float32 rounding
+    failing.add(torch.float64)
+    assert torch.allclose(spectral.singular_values(w), expected, rtol=1e-12)
+    with pytest.raises(NonFiniteError, match="converges"):
+        spectral.singular_values(w.requires_grad_())
 
 
 def test_scale_is_an_exact_power_of_two() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from groundstate.energies.base import Dualizable, MatrixEnergy, Proximable, Spectral, Traits
+from groundstate.energies.unitarily_invariant import require_step
 from groundstate.norms import entrywise
 
 
@@ -48,6 +49,7 @@ class L1(MatrixEnergy, Proximable, Dualizable):
         return entrywise.l1(w), w.sign()
 
     def prox(self, w: Tensor, step: float) -> Tensor:
+        require_step(step)
         return entrywise.l1_prox(w.detach(), step)
 
     def dual(self, g: Tensor) -> Tensor:
@@ -94,6 +96,7 @@ class SquaredFrobenius(MatrixEnergy, Spectral, Proximable):
         return s.square().sum(-1)
 
     def prox(self, w: Tensor, step: float) -> Tensor:
+        require_step(step)
         return w.detach() / (1 + 2 * step)
 
 
@@ -134,6 +137,7 @@ class Frobenius(MatrixEnergy, Spectral, Proximable, Dualizable):
         return torch.linalg.vector_norm(s.double(), dim=-1).to(s.dtype)
 
     def prox(self, w: Tensor, step: float) -> Tensor:
+        require_step(step)
         return entrywise.frobenius_prox(w.detach(), step)
 
     def dual(self, g: Tensor) -> Tensor:

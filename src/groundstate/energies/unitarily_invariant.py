@@ -12,13 +12,19 @@ Reference: A. S. Lewis, "The convex analysis of unitarily invariant matrix funct
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from groundstate.energies.base import Dualizable, MatrixEnergy, Proximable, Spectral
+from groundstate.energies.base import Dualizable, MatrixEnergy, Proximable, Spectral, require
 from groundstate.norms import spectral
+
+
+def require_step(step: float) -> None:
+    """Raises `UsageError` unless the step of a proximal map is finite and not negative."""
+    require(0 <= step < math.inf, f"the step of a proximal map must be finite and not negative, got {step!r}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,6 +64,7 @@ class SpectralProximable(UnitarilyInvariant, Proximable):
         """Returns argmin_x step * f(x) + ||x - s||^2 / 2."""
 
     def prox(self, w: Tensor, step: float) -> Tensor:
+        require_step(step)
         u, s, vh = spectral.svd(w)
         return spectral.assemble(u, self._prox(s.double(), step), vh, w)
 

@@ -26,8 +26,10 @@ from groundstate.norms.spectral import LinAlgError, above_tolerance, assemble, p
 
 Route = Literal["auto", "svd", "gram"]
 
-# Beyond this aspect ratio the Gram matrix is nearly as large as the matrix, and the SVD as fast.
+# Above this ratio of the sides the Gram matrix is nearly as large as the matrix, and the SVD as fast; below this
+# product of the sides times the smaller one, too.
 _ASPECT = 0.7
+_SMALL = 1e6
 # Bounds on the estimated relative error of Q: float32 weights in a float32 and a float64 Gram matrix, float64 weights.
 _TRUST_SINGLE = 5e-5
 _TRUST_SINGLE_IN_DOUBLE = 1e-6
@@ -44,8 +46,8 @@ def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
     Args:
         w: ``(*batch, m, n)``, any scale; m or n may be 0. In a batch each matrix takes the first route that is accurate
             enough for it.
-        route: ``"svd"``; ``"gram"``, the Gram matrix at any aspect ratio, by the SVD only where it is not accurate
-            enough; ``"auto"``, the same for min(m, n) <= 0.7 max(m, n) and the SVD otherwise.
+        route: ``"svd"``; ``"gram"``, the Gram matrix for any shape, and the SVD only where that is not accurate
+            enough; ``"auto"``, the same for min(m, n) <= 0.7 max(m, n) unless the matrix is small, else the SVD.
 
     Returns:
         ``(q, value)``: q of the shape and dtype of w, value ``(*batch,)``, float64 for float64 and float32 otherwise.
@@ -64,7 +66,7 @@ def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
         raise UsageError(f"route must be 'auto', 'svd' or 'gram', got {route!r}")
     with torch.no_grad():
         w = w.detach()
-        if w.numel() == 0 or route == "svd" or (route == "auto" and min(w.shape[-2:]) > _ASPECT * max(w.shape[-2:])):
+        if w.numel() == 0 or route == "svd" or (route == "auto" and not _worth_a_gram(*w.shape[-2:])):
             return _by_svd(w)
         work, scale = prepare(w)
         wide = w.shape[-2] < w.shape[-1]
@@ -72,6 +74,10 @@ def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
         q, value = _by_best_route(flat, tolerance(w))
         q, value = (q.mT if wide else q).reshape(w.shape), value.reshape(w.shape[:-2])
         return q.to(w.dtype), value if scale is None else (value * scale[..., 0, 0]).to(value.dtype)
+
+
+def _worth_a_gram(m: int, n: int) -> bool:
+    return min(m, n) <= _ASPECT * max(m, n) and m * n * min(m, n) > _SMALL
 
 
 def _by_svd(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,8 +102,9 @@ def _redo(
         return q, value
     left = ~ok
     if trust is None:
-        u, s, vh = svd(tall[left])
-        again = (u * (s > zero * s[..., :1])[..., None, :]) @ vh, s.sum(-1)
+        u, s, vh = svd(tall[left].double())
+        unit = (u * (s > zero * s[..., :1])[..., None, :]) @ vh
+        again = unit.to(tall.dtype), s.sum(-1).to(tall.dtype)
     else:
         again = _redo(*_by_gram(tall[left], torch.float64, zero, trust), tall[left], zero, None)
     if bool(left.all()):
@@ -150,11 +157,11 @@ def _by_gram(tall: Tensor, dtype: torch.dtype, zero: float, trust: float) -> tup
 def _promising(gram: Tensor, trust: float) -> Tensor:
     """Predicts from a Cholesky factor which Gram matrices are accurate enough, ``(batch,)``; only speed rests on it.
 
-    The largest eigenvalue is at least ||G||_F^2 / tr G, and 1 / L_nn^2 is the last diagonal entry of the inverse.
+    The largest eigenvalue is at least ||G||_F^2 / tr G, the largest of the inverse at least 1 / L_ii^2.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    square = 2 * gram.tril().square().sum((-2, -1)) - diagonal.square().sum(-1)
+    square = torch.linalg.vector_norm(gram, dim=(-2, -1)).square()  # may lack a block above the diagonal: a bound still
     inverse = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1).reciprocal()
     return (failed == 0) & (torch.finfo(gram.dtype).eps * square / diagonal.sum(-1) * inverse <= trust)
 

@@ -64,10 +64,11 @@ def prepare(w: Tensor) -> tuple[Tensor, Tensor | None]:
     work = w.to(working_dtype(w.dtype))
     if work.numel() == 0:
         return work, None
-    largest = torch.linalg.vector_norm(work.detach(), torch.inf, dim=(-2, -1), keepdim=True)
-    low, high = torch.aminmax(largest)
+    detached = work.detach()
+    low, high = torch.aminmax(torch.linalg.vector_norm(detached, dim=(-2, -1)))  # many times as fast as the largest |w|
     if float(high) < _COMFORTABLE and float(low) > 1 / _COMFORTABLE:
         return work, None
+    largest = detached.abs().amax((-2, -1), keepdim=True)
     if not bool(largest.isfinite().all()):
         refuse_nonfinite(w)
     limit = 1000 if work.dtype == torch.float64 else 120
@@ -96,14 +97,32 @@ def singular_values(w: Tensor) -> Tensor:
     tensor([4., 3.])
     """
     work, scale = prepare(w)
-    try:
-        s = torch.linalg.svdvals(work)
-    except LinAlgError:
-        s = svd(w)[1] if work.dtype == torch.float64 else torch.linalg.svdvals(work.double()).to(work.dtype)
+    s = _svdvals(work.mT if w.shape[-2] < w.shape[-1] else work)
     if s.shape[-1] and s.requires_grad:
         fixed = s.detach()
         s = torch.where(fixed > tolerance(w) * fixed[..., :1], s, fixed)
     return s if scale is None else (s * scale[..., 0]).to(s.dtype)
+
+
+def _svdvals(tall: Tensor) -> Tensor:
+    """Singular values of tall matrices (a quarter of the time of the same wide ones), differentiable."""
+    try:
+        return torch.linalg.svdvals(tall)
+    except LinAlgError:
+        pass
+    try:
+        return torch.linalg.svdvals(tall.double()).to(tall.dtype)
+    except LinAlgError:
+        if tall.requires_grad:
+            raise NonFiniteError(_no_convergence(tall)) from None
+        return _stubborn_svd(tall.double())[1].to(tall.dtype)
+
+
+def _no_convergence(w: Tensor) -> str:
+    return (
+        f"no singular value decomposition of the weight of shape {tuple(w.shape)} (or its transpose) converges: "
+        "look for extreme entries in it"
+    )
 
 
 def svd(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,10 +165,7 @@ def _stubborn_svd(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         _, v = torch.linalg.eigh(gram + jitter * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     except LinAlgError as error:
-        raise NonFiniteError(
-            f"no singular value decomposition of the weight of shape {tuple(tall.shape)} converges: look for extreme "
-            "entries in it"
-        ) from error
+        raise NonFiniteError(_no_convergence(tall)) from error
     v = v.flip(-1)
     u, triangle = torch.linalg.qr(tall @ v)  # tall V = U diag(s), so the triangle is diagonal up to rounding
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
