@@ -101,12 +101,20 @@ def parse(spec: str) -> Sum:
     if text in ("", "none"):
         return Sum()
     try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
+        return Sum(tuple(_terms(_syntax(text), spec)))
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else "too deeply nested"
+        shown = repr(spec if len(spec) <= 100 else spec[:100] + "...")
         raise UsageError(
-            f"cannot read the energy {spec!r} ({error.msg}): write e.g. '1e-3*nuclear + 1e-4*path_energy'"
+            f"cannot read the energy {shown} ({why}): write e.g. '1e-3*nuclear + 1e-4*path_energy'"
         ) from None
-    return Sum(tuple(_terms(tree, spec)))
+
+
+def _syntax(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except ValueError as error:  # a null byte, before Python 3.12
+        raise SyntaxError(str(error)) from None
 
 
 def _terms(node: ast.expr, spec: str) -> list[Term]:
