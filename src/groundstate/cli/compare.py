@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from groundstate.training.sweep import Cell, Outcome
 
 PLAN = "compare.json"
-DEFAULT_ENERGIES = ("1e-2*nuclear", "1e-1*nuclear@prox", "3e-3*graph", "1e-2*l1@prox", "1*path_energy")
+DEFAULT_ENERGIES = ("1e-2*nuclear", "2e-1*nuclear@prox", "1e-2*graph", "3e-2*l1@prox", "3*path_energy")
 _BASELINE = "none"
 _SHARED = [s.field for s in SETTINGS if s.field != "energy"]
 
@@ -83,9 +83,13 @@ def compare(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison runs: every energy with every seed, all else as in ``config``."""
+    """What a comparison runs: every energy with every seed, all else as in ``config``.
+
+    ``labels`` are the energies as they were typed; ``energies`` name what they mean.
+    """
 
     energies: tuple[str, ...]
+    labels: tuple[str, ...]
     seeds: tuple[int, ...]
     config: TrainConfig
 
@@ -94,7 +98,7 @@ class Plan:
         return {
             "schema": 1,
             "energies": list(self.energies),
-            "labels": list(self.energies),
+            "labels": list(self.labels),
             "seeds": list(self.seeds),
             "config": self.config.to_dict(),
         }
@@ -134,8 +138,31 @@ def _plan(energies: Sequence[str], seeds: int, config: TrainConfig) -> Plan:
 
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {seeds}")
-    specs = dict.fromkeys([_BASELINE, *(repr(parse(e)) for e in energies)])
-    return Plan(tuple(specs), tuple(range(config.seed, config.seed + seeds)), config)
+    labels: dict[str, str] = {_BASELINE: _BASELINE}
+    for typed in energies:
+        labels.setdefault(repr(parse(typed)), typed.strip())
+    return Plan(tuple(labels), tuple(labels.values()), tuple(range(config.seed, config.seed + seeds)), config)
+
+
+def _check(plan: Plan) -> None:
+    """Loads the data and places every energy on the network, so that what cannot work ends before it begins.
+
+    Raises:
+        UsageError: an energy cannot act on the network, or an option does not fit the data.
+        DataError: the data are missing or damaged.
+    """
+    from groundstate.energies.registry import parse
+    from groundstate.regularizer import Regularizer
+    from groundstate.training import data, models
+
+    c = plan.config
+    sizes: dict[str, Any] = {"val_size": c.val_size, "train_size": c.train_size, "label_noise": c.label_noise}
+    sets = data.load(c.data, c.data_dir, **sizes, seed=c.seed)
+    model = models.build(c.model, sets.inputs, sets.classes, c.seed)
+    for spec in plan.energies:
+        energy, coupling = parse(spec), cast(Any, c.coupling)
+        if energy.terms:
+            Regularizer(model, energy, coupling=coupling, every=c.every, select=c.select)
 
 
 def _started(out: Path | None, energy: list[str] | None, seeds: int | None, given: dict[str, Any]) -> tuple[Plan, Path]:
@@ -148,6 +175,7 @@ def _started(out: Path | None, energy: list[str] | None, seeds: int | None, give
     folder = out or new_folder("compare", plan.digest)
     if (folder / PLAN).exists():
         raise UsageError(f"{folder} holds a comparison already: continue it with --resume {folder}, or choose another")
+    _check(plan)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / PLAN, plan.to_dict())
     return plan, folder
@@ -167,7 +195,8 @@ def _resumed(
     saved = read_json(folder / PLAN)
     try:
         before = TrainConfig.from_dict(saved["config"])
-        plan = Plan(tuple(map(str, saved["energies"])), tuple(map(int, saved["seeds"])), before)
+        specs, labels, numbers = (list(saved[k]) for k in ("energies", "labels", "seeds"))
+        plan = Plan(tuple(map(str, specs)), tuple(map(str, labels)), tuple(map(int, numbers)), before)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / PLAN} is damaged ({error}): restore it, or start a new comparison") from None
     now = TrainConfig.from_dict(before.to_dict() | given)
@@ -179,7 +208,7 @@ def _resumed(
         changed.append(f"seeds: {len(plan.seeds)} -> {len(asked.seeds)}")
     if changed:
         raise UsageError(f"{folder} is another comparison ({'; '.join(changed)}): start a new one for it with --out")
-    return Plan(plan.energies, plan.seeds, now), folder
+    return Plan(plan.energies, plan.labels, plan.seeds, now), folder
 
 
 # ---------------------------------------------------------------------- while it runs, and after
@@ -208,7 +237,9 @@ class _Follow:
 
     def _end(self, event: dict[str, Any]) -> str:
         outcome: Outcome = event["outcome"]
-        if outcome.status != "done":
+        if outcome.status == "interrupted":
+            return "interrupted"
+        if outcome.status == "failed":
             return outcome.message
         if outcome.skipped:
             return "done before"
@@ -216,8 +247,9 @@ class _Follow:
 
 
 def _finish(output: Output, plan: Plan, folder: Path, outcomes: list[Outcome], seconds: float) -> None:
+    from groundstate.cli.report import comparison
     from groundstate.errors import Interrupted
-    from groundstate.report import build, headline, terminal_table
+    from groundstate.report import build, headline
 
     unfinished = [o for o in outcomes if o.status == "interrupted"]
     if unfinished:
@@ -240,8 +272,9 @@ def _finish(output: Output, plan: Plan, folder: Path, outcomes: list[Outcome], s
             "seconds": seconds,
         },
     )
-    output.show(terminal_table([folder]), f"Report: {page}  ({seconds:.0f} s)")
-    for outcome in failed:
-        error_line(f"error: {outcome.cell}: {outcome.message}")
+    output.show(comparison([folder]), f"Report: {page}  ({seconds:.0f} s)")
+    for message in dict.fromkeys(o.message for o in failed):
+        runs = [o.cell for o in failed if o.message == message]
+        error_line(f"error: {', '.join(runs)}: {message}")
     if failed:
         raise typer.Exit(max(o.exit_code for o in failed))

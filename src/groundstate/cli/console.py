@@ -140,6 +140,11 @@ def _console(stderr: bool) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=_PIPE_WIDTH if piped else None)
 
 
+def width() -> int:
+    """Returns the columns of stdout."""
+    return _console(stderr=False).width
+
+
 def safe(text: object, *, keep_lines: bool = False, longest: int = 2000) -> Any:
     r"""Returns untrusted text as a rich ``Text``: no control characters, no markup.
 
