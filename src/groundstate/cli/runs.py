@@ -22,7 +22,8 @@ def slug(text: str) -> str:
     >>> slug("0.001*nuclear@prox + schatten(p=0.5)")
     '0.001-nuclear-prox-schatten-p-0.5'
     """
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:60].strip("-.") or "run"
+    text = re.sub(r"e\+(?=\d)", "e", text.lower())  # 1e+30 is not 1e-30
+    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-.")[:60].strip("-.") or "run"
 
 
 def new_folder(name: str, digest: str) -> Path:

@@ -1,0 +1,431 @@
+"""The command line: every verb on a small run, documents, exit codes, one-line errors, help without torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from groundstate.cli.main import app, explain
+from groundstate.cli.options import SETTINGS
+from groundstate.training.config import TrainConfig
+
+RUNNER = CliRunner()
+SMALL = ["--epochs", "2", "--train-size", "200"]
+
+
+def call(*arguments: object) -> Any:
+    return RUNNER.invoke(app, [str(a) for a in arguments])
+
+
+def document(*arguments: object) -> dict[str, Any]:
+    """Runs a verb with --json: stdout is one JSON document, with a schema, and nothing else."""
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["schema"] == 1
+    assert found["verb"] == arguments[0]
+    return found
+
+
+def refused(code: int, *arguments: object) -> str:
+    """Runs a verb that must fail: the exit code, nothing on stdout, and the last line of stderr is the error."""
+    result = call(*arguments)
+    assert result.exit_code == code, (arguments, result.stderr)
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def in_a_process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "groundstate", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    document("train", "--energy", "1e-2*nuclear@prox", *SMALL, "--out", folder)
+    return folder
+
+
+# ---------------------------------------------------------------------- help and usage
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_needs_no_torch_and_little_time(arguments: list[str]) -> None:
+    code = (
+        "import sys, time; t = time.perf_counter()\n"
+        "from groundstate.cli.main import app\n"
+        f"app({arguments!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'sklearn', 'matplotlib', 'jinja2', 'pooch'} & set(sys.modules)\n"
+        "print('seconds', time.perf_counter() - t, sorted(heavy))"
+    )
+    seconds = []
+    for _ in range(3):  # the least of three: the machine may be busy
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        last = out.splitlines()[-1].split(maxsplit=2)
+        assert last[2] == "[]"
+        seconds.append(float(last[1]))
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_every_setting_of_a_run_is_an_option_with_its_default_in_the_help() -> None:
+    known = {s.field: s for s in SETTINGS}
+    assert set(known) == {f.name for f in fields(TrainConfig)}
+    for field in fields(TrainConfig):
+        assert field.default is not MISSING
+        if field.default is not None:
+            shown = known[field.name].default
+            assert shown == (f"{field.default:g}" if isinstance(field.default, float) else str(field.default))
+            assert known[field.name].kind is type(field.default)
+
+
+def test_no_verb_prints_help_and_is_a_usage_error() -> None:
+    result = call()
+    assert result.exit_code == 2
+    assert "compare" in result.stdout
+
+
+def test_a_mistyped_verb_or_option_names_the_nearest() -> None:
+    assert "'train'" in refused(2, "trian")
+    assert "'--epochs'" in refused(2, "train", "--epoch", "3")
+    assert "--epochs" in refused(2, "train", "--epochs", "three")
+    assert "RUN" in refused(2, "compress")
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("groundstate ")
+
+
+def test_garbage_on_the_command_line_is_always_a_usage_error() -> None:
+    random_text = random.Random(7)
+    pieces = [
+        "nuclear",
+        "*",
+        "1e-3",
+        "(",
+        ")",
+        "@",
+        "prox",
+        "p=",
+        "-",
+        "+",
+        "[red]",
+        "\x1b[31m",
+        "é",
+        "{}",
+        "1e999",
+        " ",
+    ]
+    for _ in range(60):
+        spec = "".join(random_text.choices(pieces, k=random_text.randint(1, 8)))
+        refused(2, "train", "--epochs", "0", f"--energy={spec}")
+        refused(2, "energies", f"x{spec}")
+        refused(2, "measure", Path(__file__), f"--fail-above={spec}=")
+
+
+# ---------------------------------------------------------------------- verbs
+
+
+def test_train_writes_a_run_that_resumes_as_it_was(run: Path) -> None:
+    again = document("train", "--resume", run)
+    assert again["summary"] == json.loads((run / "summary.json").read_text())
+    assert again["config"]["energy"] == "1e-2*nuclear@prox"
+    line = refused(2, "train", "--resume", run, "--lr", "0.2", "--epochs", "5")
+    assert "lr: 0.1 -> 0.2" in line
+    assert "epochs: 2 -> 5" in line
+    assert "holds a run" in refused(2, "train", *SMALL, "--out", run)
+    assert "--out" in refused(2, "train", "--resume", run, "--out", run)
+    assert "run.json" in refused(2, "train", "--resume", run.parent)
+
+
+def test_train_shows_its_epochs_on_stderr_and_its_result_on_stdout(tmp_path: Path) -> None:
+    result = call("train", *SMALL, "--out", tmp_path / "a")
+    assert result.exit_code == 0
+    assert [line.split()[1] for line in result.stderr.splitlines() if line.startswith("epoch")] == ["0/2", "1/2", "2/2"]
+    assert "test accuracy" in result.stdout
+    quiet = call("train", *SMALL, "--out", tmp_path / "b", "--quiet")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_the_default_folder_is_named_after_date_energy_and_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [
+        Path(document("train", "--epochs", "1", "--train-size", "50", "--energy", "1e-3*l1")["run"]) for _ in "ab"
+    ]
+    assert all("-1e-3-l1-" in f.name and (f / "summary.json").exists() for f in folders)
+    assert folders[1].name == f"{folders[0].name}-2"
+
+
+def test_measure_lists_every_tensor_and_judges_limits(run: Path, tmp_path: Path) -> None:
+    found = document("measure", run, "--data", "digits", "--csv", tmp_path / "t.csv")
+    assert [r["name"] for r in found["rows"]] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["totals"]["nuclear"] == pytest.approx(summary["energies"]["nuclear"], rel=1e-5)  # float32 sums
+    assert found["evaluation"]["accuracy"] == pytest.approx(summary["val_accuracy"])
+    assert (tmp_path / "t.csv").read_text().count("\n") == 5
+    limit = found["totals"]["nuclear"]
+    assert call("measure", run, "--energy", "nuclear", "--fail-above", f"nuclear={limit + 1}").exit_code == 0
+    result = call("measure", run, "--energy", "nuclear", "--fail-above", f"nuclear={limit - 1}", "--json")
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)["failed"]) == 1
+    assert "not measured" in refused(2, "measure", run, "--energy", "l1", "--fail-above", "nuclear=3")
+
+
+def test_names_from_files_are_neither_markup_nor_terminal_commands(tmp_path: Path) -> None:
+    name = "[bold red]\x1b[31mevil[/]\nweight"
+    save_file({name: torch.eye(3)}, tmp_path / "m.safetensors")
+    result = call("measure", tmp_path / "m.safetensors", "--energy", "nuclear")
+    assert result.exit_code == 0
+    assert "[bold red]" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_compress_keeps_the_accuracy_it_was_asked_for(run: Path) -> None:
+    found = document("compress", run, "--tolerance", "2")
+    totals = found["totals"]
+    assert totals["parameters_after"] < totals["parameters_before"]
+    assert totals["accuracy_after"] >= totals["accuracy_before"] - 0.02 - 1e-9  # the rounding of a difference
+    assert (Path(found["out"]) / "model.safetensors").exists()
+    assert "exists" in refused(2, "compress", run, "--tolerance", "2")
+    smaller = document("compress", run, "--tolerance", "30")["totals"]
+    assert smaller["parameters_after"] <= totals["parameters_after"]
+    assert "nothing" in refused(1, "compress", run, "--rank", "31")
+    assert "exactly one" in refused(2, "compress", run)
+    assert "exactly one" in refused(2, "compress", run, "--rank", "3", "--energy", "0.9")
+    assert document("compress", run, "--energy", "0.9")["rule"] == {"energy": 0.9}
+    assert document("compress", run, "--cut", "0.5")["rule"] == {"cut": 0.5}
+    assert "points" in refused(2, "compress", run, "--tolerance", "-1")
+
+
+def test_energies_lists_all_and_explains_one() -> None:
+    listed = {e["name"]: e for e in document("energies")["energies"]}
+    assert {"nuclear", "graph", "path_energy", "l1"} <= set(listed)
+    assert listed["nuclear"]["couplings"] == ["grad", "loss", "prox", "monitor"]
+    assert listed["path_energy"]["couplings"] == ["grad", "monitor"]
+    assert document("energies", "schatten")["energy"]["options"] == {"p": "required"}
+    assert "sigma_i" in call("energies", "nuclear").stdout
+    assert "'nuclear'" in refused(2, "energies", "nucler")
+
+
+def test_report_reads_runs(run: Path, tmp_path: Path) -> None:
+    found = document("report", run, "--out", tmp_path)
+    assert "<svg" in Path(found["report"]).read_text()
+    assert found["summary"][0]["seeds"] == 1
+    assert "error" in refused(2, "report", tmp_path / "absent")
+
+
+# ---------------------------------------------------------------------- compare
+
+
+def test_compare_adds_the_baseline_and_skips_what_is_done(tmp_path: Path) -> None:
+    common = ["--jobs", "1", "--json"]
+    first = call("compare", "--energy", "1e-2*nuclear", "--seeds", "2", *SMALL, "--out", tmp_path / "c", *common)
+    assert first.exit_code == 0, first.stderr
+    found = json.loads(first.stdout)
+    assert found["energies"] == ["none", "0.01*nuclear"]
+    assert [(row["energy"], row["seeds"]) for row in found["summary"]] == [("none", 2), ("1e-2*nuclear", 2)]
+    assert not found["failures"]
+    assert (tmp_path / "c" / "report.html").exists()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "runs").glob("*/summary.json")}
+    assert len(times) == 4
+    second = call("compare", "--resume", tmp_path / "c", "--energy", "0.01*nuclear", *common)
+    assert second.exit_code == 0, second.stderr
+    assert second.stderr.count("done before") == 4
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+    line = refused(2, "compare", "--resume", tmp_path / "c", "--seeds", "3", "--lr", "0.3", "--energy", "l1")
+    assert all(t in line for t in ("seeds: 2 -> 3", "lr: 0.1 -> 0.3", "none, l1"))
+    assert "--resume" in refused(2, "compare", "--out", tmp_path / "c")
+    assert "compare.json" in refused(2, "compare", "--resume", tmp_path)
+
+
+def test_compare_reports_failures_and_goes_on(tmp_path: Path) -> None:
+    result = call(
+        *("compare", "--energy", "1e30*squared_frobenius", "--seeds", "1", *SMALL),
+        *("--jobs", "1", "--json", "--out", tmp_path / "c"),
+    )
+    assert result.exit_code == 4, result.stderr
+    found = json.loads(result.stdout)
+    assert [f["exit_code"] for f in found["failures"]] == [4]
+    assert [row["energy"] for row in found["summary"]] == ["none"]
+    assert "1e30-squared-frobenius-seed0" in result.stderr.splitlines()[-1]
+
+
+def test_compare_refuses_what_cannot_work_before_it_starts(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    assert "'nuclear'" in refused(2, "compare", "--energy", "nucler", "--out", folder)
+    assert "no weight is selected" in refused(2, "compare", "--select", "nothing.*", "--out", folder)
+    assert "no proximal map" in refused(2, "compare", "--energy", "graph@prox", "--out", folder)
+    assert "seeds" in refused(2, "compare", "--seeds", "0", "--out", folder)
+    assert "jobs" in refused(2, "compare", "--jobs", "0", "--out", folder)
+    assert not folder.exists()
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    settings = ["--epochs", "40", "--seeds", "1", "--jobs", "2", "--energy", "1e-3*graph"]
+    first, whole = tmp_path / "c", tmp_path / "whole"
+    process = in_a_process("compare", *settings, "--out", first)
+    metrics = first / "runs" / "none-seed0" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"groundstate compare --resume {first}" in errors.splitlines()[-1]
+    assert not (first / "runs" / "none-seed0" / "summary.json").exists()
+    assert call("compare", "--resume", first, "--quiet").exit_code == 0
+    assert call("compare", *settings, "--out", whole, "--quiet").exit_code == 0
+    for name in ("none-seed0", "0.001-graph-seed0"):
+        ends = [json.loads((c / "runs" / name / "summary.json").read_text()) for c in (first, whole)]
+        for end in ends:
+            end.pop("seconds")
+            end.pop("step_ms")
+        assert ends[0] == ends[1]
+
+
+# ---------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--energy", "1e-3*nucler"], "'nuclear'"),
+        (["--energy=-1e-3*nuclear"], "not negative"),
+        (["--energy", "nuclear("], "cannot read"),
+        (["--select", "nothing.*", "--energy", "l1"], "no weight is selected"),
+        (["--optimizer", "sdg"], "'sgd'"),
+        (["--model", "mlp:5-10"], "inputs"),
+        (["--data", "minst"], "'mnist'"),
+        (["--train-size", "1000000"], "train_size"),
+        (["--lr", "nan"], "lr"),
+    ],
+)
+def test_bad_options(tmp_path: Path, arguments: list[str], says: str) -> None:
+    assert says in refused(2, "train", *arguments, "--out", tmp_path / "r")
+
+
+def test_data_that_is_absent_or_damaged(tmp_path: Path) -> None:
+    line = refused(3, "train", "--data", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "r")
+    assert "train-images-idx3-ubyte" in line
+    assert "--data-dir" in line
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"{name}-ubyte").write_bytes(b"\x00\x00\x08\x03 not the data")
+    line = refused(3, "train", "--data", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "r")
+    assert "ubyte" in line
+
+
+def test_mnist_without_a_network_names_the_files_and_where_to_put_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pooch
+    import requests
+
+    def offline(*_: object, **__: object) -> None:
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.delenv("GROUNDSTATE_DATA", raising=False)
+    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(pooch, "retrieve", offline)
+    line = refused(3, "train", "--data", "mnist", "--out", tmp_path / "r")
+    assert "train-images-idx3-ubyte" in line
+    assert "--data-dir" in line
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.tensor([[1.0, float("nan")]]), "b.weight": torch.eye(2)}, tmp_path / "m.safetensors")
+    result = call("measure", tmp_path / "m.safetensors", "--energy", "nuclear")
+    assert result.exit_code == 4
+    assert "a.weight" in result.stderr.splitlines()[-1]
+    assert "b.weight" in result.stdout
+    assert "loss" in refused(4, "train", "--lr", "1e30", *SMALL, "--out", tmp_path / "r")
+
+
+def test_a_network_that_the_graph_energy_cannot_order(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(3, 2), "b.weight": torch.ones(7, 5)}, tmp_path / "m.safetensors")
+    assert "order" in refused(2, "measure", tmp_path / "m.safetensors", "--energy", "graph")
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    assert call("train", *SMALL, "--out", folder, "--quiet").exit_code == 0
+    newest, oldest = sorted((folder / "checkpoints").glob("step-*"), reverse=True)
+    for place in (newest, oldest):
+        weights = next(place.glob("weights*"))
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 4
+        weights.chmod(0o644)
+        weights.write_bytes(content)
+        if place is newest:
+            result = call("measure", folder, "--data", "digits", "--energy", "nuclear")
+            assert result.exit_code == 0
+            assert "warning: checkpoint" in result.stderr
+    assert "damaged" in refused(3, "measure", folder, "--data", "digits")
+    assert "damaged" in refused(3, "compress", folder, "--rank", "3")
+    (folder / "run.json").write_text("{")
+    assert "run.json" in refused(3, "train", "--resume", folder)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # run.json fits, a checkpoint does not
+
+    process = in_a_process("train", *SMALL, "--out", tmp_path / "r", preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 5, errors
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert "free some space" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (MemoryError(), 5),
+        (OSError(errno.ENOSPC, "No space left on device"), 5),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 5),
+        (KeyboardInterrupt(), 130),
+        (ValueError("a mistake of ours"), 70),
+    ],
+)
+def test_errors_that_are_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("groundstate.training.loop.train", fail)
+    result = call("train", "--out", tmp_path / "r")
+    assert result.exit_code == code
+    assert "Traceback" not in result.stderr
+    if isinstance(raised, Exception):
+        assert explain(raised)[1] == code
+        assert "Traceback" in call("train", "--out", tmp_path / "r", "--debug").stderr
