@@ -22,8 +22,14 @@ _CHOICES = {
     "schedule": ("constant", "linear", "cosine"),
     "nonfinite": ("stop", "skip", "backoff"),
 }
-_POSITIVE = ("every", "epochs", "batch_size", "accumulate", "threads", "checkpoint_every", "keep")
-_AT_LEAST_ZERO = ("lr", "momentum", "weight_decay", "label_noise")
+_COUNTS = ("every", "epochs", "batch_size", "accumulate", "threads", "checkpoint_every", "keep")
+_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "label_noise")
+_POSITIVE_IF_GIVEN = ("clip", "final_prox")
+_COUNT_IF_GIVEN = ("checkpoint_steps", "train_size")
+_TEXT = ("energy", "monitor", "model")
+_TEXT_IF_GIVEN = ("select", "data_dir")
+_FREE = ("data_dir", "checkpoint_every", "checkpoint_steps", "keep", "threads")
+"""Options that decide how a run goes, not what comes out (threads but for the last bits)."""
 
 
 @dataclass(frozen=True)
@@ -84,30 +90,45 @@ class TrainConfig:
     monitor: str = MONITOR
 
     def __post_init__(self) -> None:
-        parse(self.energy)
-        parse(self.monitor)
+        self._check_kinds()
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 hint = nearest(str(value), choices)
                 raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a whole number from 1, got {value!r}")
-        for name in _AT_LEAST_ZERO:
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
-                raise UsageError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
-        for name in ("clip", "final_prox", "checkpoint_steps", "train_size"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{name} must be positive, got {value!r}")
+        parse(self.energy)
+        if acting := [t for t in parse(self.monitor).terms if t.coupling not in (None, "monitor")]:
+            raise UsageError(f"monitor only measures, got {acting[0]!r}: put terms that act into energy")
         if self.keep < 2:
             raise UsageError(
                 f"keep must be at least 2, so that a damaged checkpoint has a predecessor, got {self.keep}"
             )
+        if self.label_noise > 1:
+            raise UsageError(f"label_noise is a share from 0 to 1, got {self.label_noise!r}")
         if self.accumulate > self.batch_size:
             raise UsageError(f"accumulate ({self.accumulate}) must not exceed batch_size ({self.batch_size})")
+
+    def _check_kinds(self) -> None:
+        for name in (*_TEXT, *_TEXT_IF_GIVEN):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name in _TEXT_IF_GIVEN):
+                raise UsageError(f"{name} must be text, got {value!r}")
+        for name in (*_COUNTS, *_COUNT_IF_GIVEN):
+            value = getattr(self, name)
+            if not (_is_whole(value) and value >= 1) and not (value is None and name in _COUNT_IF_GIVEN):
+                raise UsageError(f"{name} must be a whole number from 1, got {value!r}")
+        if self.val_size is not None and not (_is_whole(self.val_size) and self.val_size >= 0):
+            raise UsageError(f"val_size must be a whole number from 0, got {self.val_size!r}")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must be a whole number from 0, got {self.seed!r}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise UsageError(f"{name} must be finite and not negative, got {value!r}")
+        for name in _POSITIVE_IF_GIVEN:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise UsageError(f"{name} must be finite and positive, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as plain JSON values."""
@@ -129,10 +150,17 @@ class TrainConfig:
     def differences(self, other: TrainConfig) -> list[str]:
         """Returns ``"name: mine -> other's"`` for every option that decides the result and differs."""
         mine, theirs = self.to_dict(), other.to_dict()
-        free = {"data_dir", "checkpoint_every", "checkpoint_steps", "keep", "threads"}
-        return [f"{k}: {mine[k]!r} -> {theirs[k]!r}" for k in mine if mine[k] != theirs[k] and k not in free]
+        return [f"{k}: {mine[k]!r} -> {theirs[k]!r}" for k in mine if mine[k] != theirs[k] and k not in _FREE]
 
     @property
     def digest(self) -> str:
         """Eight hexadecimal digits that name the configuration."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,9 +1,11 @@
-"""What a trained network is: accuracy, spectra, ranks, and size against accuracy when its layers are truncated."""
+"""What a network is, in training and after it: energies, accuracy, spectra, ranks, and accuracy against size when its
+layers are truncated."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch.nn import functional
 
 from groundstate.blocks import select
 from groundstate.compress import truncate
+from groundstate.energies.base import TrajectoryEnergy
 from groundstate.norms.spectral import singular_values
+from groundstate.regularizer import Regularizer
 
 TOLERANCES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 RANK_TOLERANCE = 1e-3
@@ -77,3 +81,47 @@ def compression(
             }
         )
     return rows
+
+
+def measured(regularizers: Iterable[Regularizer]) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the energies of the weights, by spec, and the figures of the path; of equal keys the last one counts."""
+    energies: dict[str, float] = {}
+    path: dict[str, float] = {}
+    for regularizer in regularizers:
+        of_weights = {p.key for p in regularizer.placed if not isinstance(p.energy, TrajectoryEnergy)}
+        for key, value in regularizer.values().items():
+            (energies if key in of_weights else path)[key] = value
+    return energies, path
+
+
+def summary(
+    model: nn.Module, x: Tensor, y: Tensor, records: Sequence[Mapping[str, Any]], durations: Sequence[float]
+) -> dict[str, Any]:
+    """Returns what is to be said of a trained network.
+
+    Args:
+        model: The network after its last step.
+        x: The test split, touched here and nowhere else.
+        y: Its labels.
+        records: The metrics of the run.
+        durations: Seconds of single steps.
+    """
+    last = [r for r in records if r["kind"] == "epoch"][-1]
+    test_accuracy, test_loss = accuracy_and_loss(model, x, y)
+    values = spectra(model)
+    keys = ("val_accuracy", "val_loss", "train_loss", "train_accuracy", "energies", "path")
+    return {
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        **{k: last[k] for k in keys},
+        "spectra_initial": next((r["spectra"] for r in records if r["kind"] == "spectra"), {}),
+        "spectra": values,
+        "ranks": ranks(values),
+        "rank_tolerance": RANK_TOLERANCE,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "compression": compression(model, x, y),
+        "step_ms": {
+            "median": 1e3 * statistics.median(durations) if durations else None,
+            "baseline_note": "a step with its energies and what is monitored; compare with a run of energy none",
+        },
+    }

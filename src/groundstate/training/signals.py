@@ -14,7 +14,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.at_epoch_end = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
