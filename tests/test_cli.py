@@ -168,7 +168,11 @@ def test_train_writes_a_run_that_resumes_as_it_was(run: Path) -> None:
 def test_train_shows_its_epochs_on_stderr_and_its_result_on_stdout(tmp_path: Path) -> None:
     result = call("train", *SMALL, "--out", tmp_path / "a")
     assert result.exit_code == 0
-    assert [line.split()[1] for line in result.stderr.splitlines() if line.startswith("epoch")] == ["0/2", "1/2", "2/2"]
+    assert [line.split()[1] for line in result.stderr.splitlines() if line.startswith("epoch")] == [
+        "0/2:",
+        "1/2:",
+        "2/2:",
+    ]
     assert "test accuracy" in result.stdout
     quiet = call("train", *SMALL, "--out", tmp_path / "b", "--quiet")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
@@ -224,6 +228,37 @@ def test_compress_keeps_the_accuracy_it_was_asked_for(run: Path) -> None:
     assert document("compress", run, "--energy", "0.9")["rule"] == {"energy": 0.9}
     assert document("compress", run, "--cut", "0.5")["rule"] == {"cut": 0.5}
     assert "points" in refused(2, "compress", run, "--tolerance", "-1")
+
+
+def test_the_smallest_network_is_the_smallest_of_all_thresholds() -> None:
+    from torch import nn
+
+    from groundstate.compress import compress
+    from groundstate.training.smallest import smallest_within
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12))
+    for w in (p for p in model.parameters() if p.ndim == 2):  # singular values that fall by a third each
+        u, s, vh = torch.linalg.svd(w.detach(), full_matrices=False)
+        w.data.copy_((u * (4.0 * 0.67 ** torch.arange(len(s)))) @ vh)
+    x = torch.randn(200, 20)
+    y = model(x).argmax(1)
+    before = [p.clone() for p in model.parameters()]
+
+    def accuracy(m: nn.Module) -> float:
+        return float((m(x).argmax(1) == y).double().mean())
+
+    for loss in (0.05, 0.2, 0.5):
+        share = smallest_within(model, loss, accuracy)
+        assert share is not None
+        chosen = compress(model, tolerance=share, evaluate=accuracy).totals
+        assert chosen["accuracy_after"] >= 1 - loss
+        for other in torch.linspace(0, 0.999, 300).tolist():
+            tried = compress(model, tolerance=other, evaluate=accuracy).totals
+            if tried["parameters_after"] < chosen["parameters_after"]:
+                assert tried["accuracy_after"] < 1 - loss
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert smallest_within(model, -0.01, accuracy) is None  # it labeled the data itself: none can be better
 
 
 def test_energies_lists_all_and_explains_one() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _LINE_EVERY = 10.0  # seconds between plain lines where nothing else is said
 _PIPE_WIDTH = 200
+_LABEL = 30  # characters beside a bar
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,24 @@ class Meter:
         self.first: float | None = None
         self.task = bar.add_task(unit, total=total) if bar is not None else None
 
-    def update(self, done: float, text: str = "") -> None:
+    def update(self, done: float, text: str = "", total: float | None = None) -> None:
         """Moves to ``done``; off a terminal this says something only every ten seconds."""
+        self.total = self.total if total is None else total
         if self.first is None:
             self.first = done
         if self.bar is not None and self.task is not None:
-            shown = str(safe(text)) or self.unit
-            self.bar.update(self.task, completed=done, description=shown)
+            shown = str(safe(text, longest=_LABEL)) or self.unit
+            self.bar.update(self.task, completed=done, total=self.total, description=shown)
         elif time.monotonic() - self.said > _LINE_EVERY:
             self.line(f"{self.unit} {done:g}/{self.total:g}  {text}{self._eta(done)}")
 
-    def line(self, text: str) -> None:
-        """Prints a line of its own, above the bar where there is one."""
+    def line(self, text: str, *, crop: bool = False) -> None:
+        """Prints a line of its own, above the bar where there is one; ``crop`` cuts it to the width of a terminal."""
         self.said = time.monotonic()
         if self.quiet:
             return
         if self.bar is not None:
-            self.bar.console.print(safe(text))
+            self.bar.console.print(safe(text), no_wrap=crop, overflow="ellipsis" if crop else None)
         else:
             error_line(text)
 

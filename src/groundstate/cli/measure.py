@@ -54,10 +54,7 @@ def measure(
     with output.progress(1, "tensor") as meter:
 
         def progress(done: int, total: int, name: str) -> None:
-            if meter.bar is not None and meter.task is not None:
-                meter.bar.update(meter.task, total=total)
-            meter.total = total
-            meter.update(done, name)
+            meter.update(done, name, total)
 
         found = run(model if model is not None else source, list(energy) if energy else "all", batch, progress)
     if csv is not None:

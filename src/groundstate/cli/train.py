@@ -63,9 +63,9 @@ class _Follow:
         elif event["kind"] == "step":
             self.meter.update(round(self.epochs * event["step"] / event["total"], 2), self.text)
         elif event["kind"] == "epoch":
-            self.text = epoch_line(event)
+            self.text = f"validation {percent(event['val_accuracy'])}"
             self.meter.update(event["epoch"], self.text)
-            self.meter.line(f"epoch {event['epoch']:>3}/{self.epochs}  {self.text}")
+            self.meter.line(f"epoch {event['epoch']}/{self.epochs}: {epoch_line(event)}", crop=True)
 
 
 def epoch_line(event: dict[str, Any]) -> str:
