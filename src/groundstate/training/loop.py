@@ -186,15 +186,19 @@ class Run:
         """
         self.model.train()
         while self.at.step < self.total:
-            index = self._batch()
-            began = time.perf_counter()
-            try:
-                self._step(index)
-            except NonFiniteError as error:
-                self._not_finite(error, index)
-                continue
-            self.durations.append(time.perf_counter() - began)
-            self._between_steps()
+            self.advance()
+
+    def advance(self) -> None:
+        """Makes one step, and what is due after it."""
+        index = self._batch()
+        began = time.perf_counter()
+        try:
+            self._step(index)
+        except NonFiniteError as error:
+            self._not_finite(error, index)
+            return
+        self.durations.append(time.perf_counter() - began)
+        self._between_steps()
 
     def _between_steps(self) -> None:
         """Ends an epoch where it is due, saves where that is due, and ends the run where a signal asked for it."""
