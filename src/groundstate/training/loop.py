@@ -24,7 +24,7 @@ from groundstate.regularizer import Regularizer
 from groundstate.training import checkpoint, data, evaluation, models
 from groundstate.training.config import TrainConfig
 from groundstate.training.order import batch_order, keyed
-from groundstate.training.recorder import METRICS, RUN, SUMMARY, Recorder, lock, read_metrics
+from groundstate.training.recorder import METRICS, RUN, SUMMARY, Recorder, lock, read_epochs
 from groundstate.training.signals import StopRequest
 from groundstate.training.snapshot import Counters, pack, unpack
 
@@ -226,7 +226,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Touches the test split, once, and writes the summary."""
-        records = read_metrics(self.out / METRICS)
+        records = read_epochs(self.out / METRICS, self.config.epochs)
         summary = {
             "schema": 1,
             "status": "done",
@@ -392,6 +392,7 @@ class Run:
         if not same_data:
             raise DataError(f"{found.path} was trained on other data than these: restore them, or start a new run")
         self.recorder.truncate_after(found.step)
+        read_epochs(self.out / METRICS, found.step // self.steps_per_epoch)
         # after the last step nothing is left to observe, and a final prox is no step of the path
         ended = found.step == self.total
         self.at = unpack(found, self.model, self.optimizer, {} if ended else self.regularizers)

@@ -31,6 +31,7 @@ from groundstate.safetensors_file import unique_keys
 
 RUN, METRICS, SUMMARY, LOCK = "run.json", "metrics.jsonl", "summary.json", "run.lock"
 
+_EPOCH_KEYS = {"step", "val_accuracy", "val_loss", "train_loss", "train_accuracy", "energies", "path"}
 _held: set[Path] = set()
 
 
@@ -59,6 +60,8 @@ class Recorder:
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``; an incomplete line of a killed run is removed first.
 
+        The line is on the disk when this returns: a checkpoint that is saved later never knows more than the metrics.
+
         Raises:
             ResourceError: the line cannot be written; the file is as it was.
         """
@@ -71,6 +74,7 @@ class Recorder:
                 if os.write(descriptor, line) != len(line):
                     os.ftruncate(descriptor, end)
                     raise ResourceError(f"cannot write {path} (no space): free some space")
+                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -80,13 +84,17 @@ class Recorder:
         """Drops the records beyond ``step`` from ``metrics.jsonl``, atomically; a resumed run writes them anew.
 
         Raises:
-            DataError: a line before the last is broken.
+            DataError: a line before the last is broken, or says no step.
             ResourceError: the file cannot be written.
         """
         path = self.folder / METRICS
         if not path.exists():
             return
-        kept = [r for r in read_metrics(path) if r.get("step", 0) <= step]
+        records = read_metrics(path)
+        for number, record in enumerate(records, start=1):
+            if type(record.get("step", 0)) is not int:
+                raise DataError(f"line {number} of {path} is broken (its step is {record['step']!r}): remove the line")
+        kept = [r for r in records if r.get("step", 0) <= step]
         _replace(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in kept))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -113,6 +121,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"line {number} of {path} is broken ({error}): remove the line") from None
         records.append(record)
+    return records
+
+
+def read_epochs(path: Path, last: int) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl`` of a run that has come to the end of epoch ``last``.
+
+    Raises:
+        DataError: see `read_metrics`; or the spectra at the start, or an epoch from 0 to ``last``, are not there once.
+    """
+    records = read_metrics(path)
+    epochs = [r.get("epoch") for r in records if r.get("kind") == "epoch" and r.keys() >= _EPOCH_KEYS]
+    spectra = [r["spectra"] for r in records if r.get("kind") == "spectra" and isinstance(r.get("spectra"), dict)]
+    if epochs != list(range(last + 1)) or len(spectra) != 1:
+        raise DataError(f"{path} has not each epoch from 0 to {last} once: restore it, or start a new run")
     return records
 
 
