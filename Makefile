@@ -1,0 +1,38 @@
+# Two commands do all the set-up on a machine with Python 3.11+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo
+
+.PHONY: demo test test-slow check lint format bench clean
+
+demo: .venv/ready  ## environment, install, compare on the embedded digits, report
+	$(BIN)/groundstate compare --epochs 40 --label-noise 0.2 --seeds 5 --out $(OUT) $(if $(wildcard $(OUT)/compare.json),--resume $(OUT),)
+	@echo "open $(OUT)/report.html"
+
+test: .venv/ready  ## the default suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-slow: .venv/ready  ## the rest: minutes long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+check: lint test  ## format, lint, types, tests
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/ready  ## speed, side by side, into benchmarks/results
+	for file in benchmarks/graph_energy.py benchmarks/loop_overhead.py benchmarks/nuclear.py; do $(BIN)/python $$file || exit 1; done
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
