@@ -204,7 +204,10 @@ def test_measure_lists_every_tensor_and_judges_limits(run: Path, tmp_path: Path)
     assert "not measured" in refused(2, "measure", run, "--energy", "l1", "--fail-above", "nuclear=3")
 
 
-def test_names_from_files_are_neither_markup_nor_terminal_commands(tmp_path: Path) -> None:
+def test_names_from_files_are_neither_markup_nor_terminal_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # wide enough that the name is on one line
     name = "[bold red]\x1b[31mevil[/]\nweight"
     save_file({name: torch.eye(3)}, tmp_path / "m.safetensors")
     result = call("measure", tmp_path / "m.safetensors", "--energy", "nuclear")
