@@ -32,7 +32,9 @@ class GraphEnergy(NetworkEnergy):
     """Energy of the layered graph: sum of |eigenvalues| of its adjacency.
 
     Invariant under relabeling the neurons of a layer and under changing the sign of a neuron (its incoming and outgoing
-    weights together). Not invariant under the rescaling of a ReLU neuron. Biases do not take part. Convex for
+    weights together). Not invariant under the rescaling of a ReLU neuron. Biases do not take part. In float32, singular
+    values of B below max(shape of B) * 1.2e-7 of the largest count as kernel and get no gradient; a net trained with a
+    strong graph term has such values, so convert its weights to float64 where their gradient matters. Convex for
     ``absolute=False`` but not for ``absolute=True``, so ``traits.convex``, which speaks of all instances, is False.
 
     Attributes:
