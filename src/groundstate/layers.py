@@ -12,9 +12,11 @@ of the linear weights alone passes them as a list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from groundstate.blocks import canonical
 from groundstate.errors import UsageError
@@ -40,6 +42,38 @@ _SIZES = frozenset(("size", "dim", "numel"))
 _OUTPUT_FUNCTIONS = frozenset(("softmax", "log_softmax"))
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operation of a chain: a linear layer, or an operation that adds no edges (``linear`` is ``None``).
+
+    Attributes:
+        name: The dotted name of its module, empty for a function.
+        run: What is done, tensor to tensor.
+        linear: The layer, where it is one.
+    """
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    linear: nn.Linear | None = None
+
+
+def chain_steps(model: nn.Module) -> list[Step]:
+    """Returns the operations of a chain of linear layers in the order of the forward pass.
+
+    Functions are recorded as they are called now: with the dropout of eval mode, if the model is in eval mode.
+
+    Raises:
+        UsageError: see `ordered_layers`; or the chain ends with a softmax, which is not elementwise.
+    """
+    root = unwrapped(model)
+    if type(root) is nn.Linear:
+        return [Step("", root, root)]
+    chain = _read(root)
+    if chain.ended_by is not None:
+        _refuse(f"{chain.ended_by} mixes the neurons")
+    return chain.steps
+
+
 def ordered_layers(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Returns the weights of a chain of linear layers, by canonical name, in the order of the forward pass.
 
@@ -56,9 +90,15 @@ def ordered_layers(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     >>> ordered_layers(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))[1][0]
     '2.weight'
     """
-    root = _unwrapped(model)
+    root = unwrapped(model)
     if type(root) is nn.Linear:
         return [("weight", _weight("the model", root))]
+    found = _read(root).found
+    _check_complete(root, found)
+    return [(canonical(f"{target}.weight"), weight) for target, weight in found]
+
+
+def _read(root: nn.Module) -> _Chain:
     tracer = _Tracer()
     try:
         graph = tracer.trace(root)
@@ -67,12 +107,10 @@ def ordered_layers(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     except Exception as error:  # whatever the model's own forward raises on symbolic input
         reason = (str(error).strip() or "no message").splitlines()[0]
         _refuse(f"the forward pass of {type(root).__name__} cannot be traced ({type(error).__name__}: {reason})")
-    found = _Chain(root).read(graph)
-    _check_complete(root, found)
-    return [(canonical(f"{target}.weight"), weight) for target, weight in found]
+    return _Chain(root).read(graph)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """Looks through DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         inner = getattr(module, "_orig_mod", None)
@@ -90,7 +128,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, nn.Linear) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inner = _unwrapped(m)
+        inner = unwrapped(m)
         return super().call_module(inner, forward if inner is m else inner.forward, args, kwargs)
 
 
@@ -100,13 +138,14 @@ class _Chain:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.found: list[tuple[str, nn.Parameter]] = []
+        self.steps: list[Step] = []
         self.owners: dict[int, str] = {}
         self.numbers: set[fx.Node] = set()  # sizes read from the input, not tensors of the chain
         self.current: fx.Node | None = None
         self.ended_by: str | None = None
 
-    def read(self, graph: fx.Graph) -> list[tuple[str, nn.Parameter]]:
-        """Returns the target and weight of each linear layer."""
+    def read(self, graph: fx.Graph) -> _Chain:
+        """Fills ``found`` and ``steps``."""
         for node in graph.nodes:
             if node.op == "placeholder":
                 self._input(node)
@@ -114,7 +153,7 @@ class _Chain:
                 self._step(node)
         if not self.found:
             _refuse(f"{type(self.root).__name__} has no nn.Linear in its forward pass")
-        return self.found
+        return self
 
     def _input(self, node: fx.Node) -> None:
         if not node.users:
@@ -151,7 +190,9 @@ class _Chain:
         if node.op == "call_module":
             self._module(str(node.target), where)
         else:
-            self._function(str(getattr(node.target, "__name__", node.target)), where)
+            name = str(getattr(node.target, "__name__", node.target))
+            self._function(name, where)
+            self.steps.append(Step("", _called(node, name)))
         self.current = node
 
     def _module(self, target: str, where: str) -> None:
@@ -164,6 +205,7 @@ class _Chain:
             _refuse(f"{where} rescales the neurons by factors that the weights do not show")
         elif not isinstance(module, _EDGELESS):
             _refuse(f"{where} is neither linear nor elementwise")
+        self.steps.append(Step(target, module, module if isinstance(module, nn.Linear) else None))
 
     def _function(self, name: str, where: str) -> None:
         if name in _OUTPUT_FUNCTIONS:
@@ -196,6 +238,22 @@ class _Chain:
         inside = canonical(str(stack[-1][0])) if stack else ""
         kind = repr(str(node.target)) if node.op == "get_attr" else f"operation {node.name!r}"
         return f"{kind} in {inside!r}" if inside else kind
+
+
+def _called(node: fx.Node, name: str) -> Callable[[Tensor], Tensor]:
+    """Returns what a node does to its one tensor. A reshape is a flattening: only those before the first layer pass."""
+    if name in _RESHAPES:
+        return _flatten
+    others, named = node.args[1:], dict(node.kwargs)
+    if node.op == "call_method":
+        return lambda h: getattr(h, name)(*others, **named)
+    if node.args:
+        return lambda h: node.target(h, *others, **named)  # pyright: ignore[reportCallIssue]
+    return lambda h: node.target(**{k: h if isinstance(v, fx.Node) else v for k, v in named.items()})  # pyright: ignore[reportCallIssue]
+
+
+def _flatten(h: Tensor) -> Tensor:
+    return h.flatten(1)
 
 
 def _weight(where: str, module: nn.Linear) -> nn.Parameter:

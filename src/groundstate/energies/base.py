@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -121,12 +121,53 @@ class NetworkEnergy(Energy):
         return value.detach(), [torch.zeros_like(w) if g is None else g for g, w in zip(grads, leaves, strict=True)]
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What measuring an energy of the function gave.
+
+    Attributes:
+        value: The energy.
+        standard_error: Of ``value`` as an estimate for the distribution that the samples come from, random probes
+            included; ``None`` where one sample, or no average over samples, leaves it unknown.
+        samples: How many samples it rests on.
+        how: The route or estimator, in words.
+        details: Further figures, by name.
+    """
+
+    value: float
+    standard_error: float | None
+    samples: int
+    how: str = ""
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Tensor, how: str = "", details: Mapping[str, float] | None = None) -> Self:
+        """Returns the mean of per-sample values ``(B,)`` with its standard error."""
+        wide = values.detach().double()
+        error = float(wide.std() / len(wide) ** 0.5) if len(wide) > 1 else None
+        return cls(float(wide.mean()), error, len(wide), how, dict(details or {}))
+
+
 class FunctionEnergy(Energy):
     """Energy of the function x -> f(x); needs the batch and acts through ``Regularizer.loss(x, y)``."""
 
     @abstractmethod
-    def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: Any) -> Tensor:
-        """Returns E on the batch, a scalar tensor; differentiable with respect to the parameters of ``f``."""
+    def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Tensor:
+        """Returns E on the batch, a scalar tensor; differentiable with respect to the parameters of ``f``.
+
+        It may be an unbiased estimate on a part of the batch, as training needs it.
+
+        Args:
+            f: The network (a module, or any callable on tensors).
+            x: Inputs, ``(B, ...)``.
+            y: Labels, where the energy needs them.
+            probe: Source of everything random.
+        """
+
+    def estimate(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Estimate:
+        """Measures E on all samples, as exactly as is affordable, with its standard error; builds no graph."""
+        with torch.no_grad():
+            return Estimate(float(self.value(f, x, y, probe=probe)), None, len(x))
 
 
 class TrajectoryEnergy(Energy):
