@@ -41,6 +41,8 @@ class Traits:
             single entries, ``scale`` E(cW) = E(W). Of a network energy: ``neuron_sign``, ``neuron_permutation``.
         smooth: Whether E is differentiable everywhere.
         differentiable: False for energies that only measure (no gradient is asked of them).
+        surrogate: The gradient is not the derivative of the value but of a surrogate that equals it at convergence
+            (directions of a power iteration are held fixed).
     """
 
     formula: str
@@ -51,6 +53,7 @@ class Traits:
     invariances: tuple[Invariance, ...] = ()
     smooth: bool = False
     differentiable: bool = True
+    surrogate: bool = False
 
 
 @dataclass(frozen=True, repr=False)

@@ -151,6 +151,7 @@ def function(
 
     Raises:
         UsageError: no sample, integers in place of real numbers, a layer that does not exist.
+        NonFiniteError: the input has NaN or infinite entries.
     """
     with frozen(f, on=on, y=y) as run:
         x = _inputs(run, x, wrt)
@@ -251,6 +252,9 @@ def _inputs(run: Function, x: Tensor, wrt: str) -> Tensor:
                 "e.g. wrt='embedding'"
             )
         return x.detach()
+    # a ReLU turns NaN into a slope of zero: what follows would look sound
+    if not bool(torch.isfinite(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
+        raise NonFiniteError("the input x has NaN or infinite entries: remove those samples")
     first = next((p for p in run.module.parameters() if p.is_floating_point()), None) if run.module else None
     points = x.detach() if first is None else x.detach().to(first.dtype)
     return points.clone() if points.is_inference() else points
@@ -312,7 +316,8 @@ def _remember(modules: list[nn.Module], parameters: list[nn.Parameter]) -> Calla
             m.__dict__["training"] = True
         for home, name, buffer, copy, version in buffers:
             home[name] = buffer
-            if buffer._version != version:
+            # a batch normalization in train mode writes without counting a version
+            if buffer._version != version or not torch.equal(buffer, copy):
                 with torch.no_grad():
                     buffer.copy_(copy)
         if not torch.equal(state, torch.get_rng_state()):

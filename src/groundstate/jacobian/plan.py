@@ -7,6 +7,7 @@ samples of a batch influence one another, in which case no per-sample energy exi
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from groundstate.errors import UsageError
 from groundstate.jacobian.chain import Chain, chain_of, output_and_slopes
-from groundstate.jacobian.function import Function
+from groundstate.jacobian.function import Function, blame
 
 
 @dataclass
@@ -67,6 +68,8 @@ def _made(run: Function, points: Tensor) -> Plan:
     with torch.no_grad():
         out = run.rows(index)(points[index])
         scale = float(out.abs().max()) if out.numel() else 0.0
+        if not math.isfinite(scale):
+            raise blame(run.f, points, "the output of the network")
         if len(index) == 2:
             alone = run.rows(index[:1])(points[:1])
             rounding = 1e3 * torch.finfo(out.dtype).eps * scale

@@ -49,7 +49,7 @@ def squared_norms(
         points: Where to differentiate, ``(B, ...)``.
         generator: Source of the directions; on the CPU, so that all devices draw the same.
         estimator: ``vjp``, ``jvp``, ``fd``, or ``auto``: the first of them that this network can do.
-        probes: Directions per sample.
+        probes: Directions per sample; vjp takes at most as many as there are outputs.
         sigma: Length of the fd step, in units of the root mean square of the points.
         differentiable: Keep the graph to the parameters.
 
@@ -117,8 +117,7 @@ def sphere(samples: int, outputs: int, probes: int, generator: torch.Generator, 
 def _by_vjp(run: Function, points: Tensor, generator: torch.Generator, probes: int, differentiable: bool) -> Tensor:
     plan = plan_for(run, points)
     outputs = plan.outputs
-    if probes > outputs:
-        raise UsageError(f"there are {outputs} outputs, so at most as many orthonormal probes; got {probes}")
+    probes = min(probes, outputs)
     dtype = points.dtype if points.dtype in (torch.float32, torch.float64) else torch.float32
     u = sphere(len(points), outputs, probes, generator, dtype).to(points.device, points.dtype)
     if plan.chain is not None:

@@ -12,13 +12,14 @@ from typing import Any
 from groundstate.energies.base import (
     Dualizable,
     Energy,
+    FunctionEnergy,
     MatrixEnergy,
     NetworkEnergy,
     Proximable,
     TrajectoryEnergy,
 )
 from groundstate.energies.registry import registered
-from groundstate.testing import common, degenerate, matrices, networks, proximal, trajectories
+from groundstate.testing import common, degenerate, functions, matrices, networks, proximal, trajectories
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ def _matrix(energy: Energy) -> bool:
 
 def _network(energy: Energy) -> bool:
     return isinstance(energy, NetworkEnergy)
+
+
+def _function(energy: Energy) -> bool:
+    return isinstance(energy, FunctionEnergy)
 
 
 def _trajectory(energy: Energy) -> bool:
@@ -129,6 +134,20 @@ CONTRACTS: tuple[Contract, ...] = (
     *_group(networks.gradient_equals_autograd, networks.gradient_matches_differences, when=_differentiable(_network)),
     *_group(networks.homogeneous, when=_homogeneous(_network)),
     *_group(networks.invariant, when=_invariant(_network)),
+    *_group(
+        functions.probes_decide_alone,
+        functions.leaves_no_trace,
+        functions.works_in_every_mode,
+        functions.estimates_are_plain,
+        functions.finite_at_degenerate_networks,
+        functions.bad_inputs_are_named,
+        when=_function,
+    ),
+    *_group(
+        functions.gradient_matches_differences,
+        when=lambda energy: _function(energy) and not energy.traits.surrogate,
+    ),
+    *_group(functions.homogeneous, when=_homogeneous(_function)),
     *_group(
         trajectories.state_is_a_mapping_of_tensors,
         trajectories.state_is_independent_of_the_weights,
