@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from groundstate.blocks import as_matrix, skip_reason
-from groundstate.energies.base import Energy, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
+from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
 from groundstate.energies.registry import parse, registered
 from groundstate.errors import UsageError
+from groundstate.measure_function import FunctionTable, measure_function
 from groundstate.norms.spectral import singular_values
 from groundstate.tensors import NamedTensor, TensorList, natural_key, open_tensors
 
@@ -88,12 +89,14 @@ class Table:
         totals: Energies of the whole network by their spec: sums over the analyzed rows, and network energies.
         notes: What the reader should know: energies that are absent, and why.
         evaluation: ``loss`` and ``accuracy`` on the data, where data was given.
+        function: What the network does to these data, where data was given.
     """
 
     rows: list[Row]
     totals: dict[str, float]
     notes: list[str] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
+    function: FunctionTable | None = None
 
     @property
     def parameters(self) -> int:
@@ -119,6 +122,7 @@ class Table:
             "parameters": self.parameters,
             "totals": self.totals,
             "evaluation": self.evaluation,
+            "function": None if self.function is None else self.function.to_dict(),
             "notes": self.notes,
             "rows": [asdict(r) for r in self.rows],
         }
@@ -153,7 +157,7 @@ class Table:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -177,16 +181,18 @@ def measure(
         source: A module, a state dict, or a path: a ``.safetensors`` or ``.pt`` file, a folder of safetensors files, or
             a run folder (its newest checkpoint). Files are read one tensor at a time.
         energies: A spec such as ``"nuclear + graph"``, energies, or ``"all"``: the first example of every matrix energy
-            and of every network energy. Strengths and couplings play no part: an energy is measured as it is.
-        data: ``(x, y)``, inputs and class labels: adds loss and accuracy of a module.
+            and of every network energy, and with ``data`` of every energy of the function. Strengths and couplings play
+            no part: an energy is measured as it is.
+        data: ``(x, y)``, inputs and class labels: adds loss and accuracy of a module, and what `measure_function` finds
+            on some of the samples.
         progress: Called as ``progress(done, total, name)`` after each tensor.
 
     Returns:
         The table. Weights with NaN or infinities have the status ``non-finite`` and are left out of the totals.
 
     Raises:
-        UsageError: an energy that weights alone do not have, a model without tensors, or only network energies were
-            asked for and the order of the layers is not known.
+        UsageError: an energy that needs data or training, a model without tensors, or only network energies were asked
+            for and the order of the layers is not known.
         DataError: the path is missing or damaged, or holds more than tensors.
 
     Cost: one set of singular values a weight, O(m n min(m, n)), whatever the number of spectral energies; the memory of
@@ -198,12 +204,13 @@ def measure(
     >>> table.totals, table.rows[0].rank
     ({'nuclear': 7.0, 'squared_frobenius': 25.0}, 2)
     """
-    wanted = _energies(energies)
+    wanted = _energies(energies, data is not None)
     tensors = open_tensors(source)
     if not tensors.entries:
         raise UsageError("there is nothing to measure: the model (or state dict) has no tensor")
     matrix = {k: e for k, e in wanted.items() if isinstance(e, MatrixEnergy)}
     network = {k: e for k, e in wanted.items() if isinstance(e, NetworkEnergy)}
+    of_function = [e for e in wanted.values() if isinstance(e, FunctionEnergy)]
     evaluation = {} if data is None else _evaluate(tensors.model, *data)
     rows: list[Row] = []
     with torch.no_grad():
@@ -218,26 +225,29 @@ def measure(
             notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
         if network:
             found, absent = _network(tensors, rows, network, limit=MAX_GRAPH_NODES if energies == "all" else None)
-            if not found and not matrix:
+            if not found and not matrix and not of_function:
                 raise UsageError(absent[0])
             totals |= found
             notes += absent
-    return Table(rows, totals, notes, evaluation)
+    function = None
+    if data is not None and tensors.model is not None and of_function and not broken:
+        function = measure_function(tensors.model, *data, energies=of_function)
+    return Table(rows, totals, notes, evaluation, function)
 
 
-def _energies(energies: Energies) -> dict[str, Energy]:
+def _energies(energies: Energies, with_data: bool) -> dict[str, Energy]:
+    kinds = MatrixEnergy | NetworkEnergy | FunctionEnergy if with_data else MatrixEnergy | NetworkEnergy
     if isinstance(energies, str) and energies.strip() == "all":
-        classes = [c for c in registered().values() if issubclass(c, MatrixEnergy | NetworkEnergy)]
+        classes = [c for c in registered().values() if issubclass(c, kinds)]
         chosen: list[Energy] = [c.examples()[0] for c in classes]
     else:
         parts = [energies] if isinstance(energies, str | Energy | Term | Sum) else list(energies)
         sums = [parse(p) if isinstance(p, str) else Sum.of(p) for p in parts]
         chosen = [t.energy for s in sums for t in s.terms]
     for energy in chosen:
-        if not isinstance(energy, MatrixEnergy | NetworkEnergy):
-            raise UsageError(
-                f"{energy.name!r} is not an energy of weights alone (it needs training or data): leave it out here"
-            )
+        if not isinstance(energy, kinds):
+            needs = "data: give them" if isinstance(energy, FunctionEnergy) else "training: leave it out here"
+            raise UsageError(f"{energy.name!r} is not an energy of weights alone, it needs {needs}")
     return {repr(e): e for e in chosen}
 
 

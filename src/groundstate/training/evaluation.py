@@ -14,13 +14,17 @@ from torch.nn import functional
 
 from groundstate.blocks import select
 from groundstate.compress import truncate
-from groundstate.energies.base import TrajectoryEnergy
+from groundstate.energies.base import FunctionEnergy, TrajectoryEnergy
+from groundstate.measure_function import measure_function
 from groundstate.norms.spectral import singular_values
 from groundstate.regularizer import Regularizer
 
 TOLERANCES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 RANK_TOLERANCE = 1e-3
 """Singular values above this share of the largest count in the ranks of a summary."""
+
+FUNCTION_SAMPLES = 256
+"""Samples on which energies of the function are estimated at the end of every epoch."""
 
 _BATCH = 8192
 
@@ -83,13 +87,23 @@ def compression(
     return rows
 
 
-def measured(regularizers: Iterable[Regularizer]) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the energies of the weights, by spec, and the figures of the path; of equal keys the last one counts."""
+def measured(regularizers: Iterable[Regularizer], x: Tensor, y: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the energies, by spec, and the figures of the path; of equal keys the last one counts.
+
+    Energies of the function are estimated on the first samples of ``x, y``, with the same probes every time.
+    """
     energies: dict[str, float] = {}
     path: dict[str, float] = {}
     for regularizer in regularizers:
-        of_weights = {p.key for p in regularizer.placed if not isinstance(p.energy, TrajectoryEnergy)}
-        for key, value in regularizer.values().items():
+        of_path = {p.key for p in regularizer.placed if isinstance(p.energy, TrajectoryEnergy)}
+        values = regularizer.values()
+        for p in regularizer.placed:
+            if isinstance(p.energy, FunctionEnergy) and len(x):
+                probe = torch.Generator().manual_seed(0)
+                few = x[:FUNCTION_SAMPLES], y[:FUNCTION_SAMPLES]
+                energies[p.key] = p.energy.estimate(regularizer.model, *few, probe=probe).value
+        of_weights = {p.key for p in regularizer.placed} - of_path
+        for key, value in values.items():
             (energies if key in of_weights else path)[key] = value
     return energies, path
 
@@ -120,6 +134,7 @@ def summary(
         "rank_tolerance": RANK_TOLERANCE,
         "parameters": sum(p.numel() for p in model.parameters()),
         "compression": compression(model, x, y),
+        "function": measure_function(model, x, y).to_dict(),
         "step_ms": {
             "median": 1e3 * statistics.median(durations) if durations else None,
             "baseline_note": "a step with its energies and what is monitored; compare with a run of energy none",

@@ -345,7 +345,7 @@ class Run:
 
     def _record_epoch(self, epoch: int) -> None:
         at = self.at
-        energies, path = evaluation.measured(self.regularizers.values())
+        energies, path = evaluation.measured(self.regularizers.values(), self.data.val_x, self.data.val_y)
         val_accuracy, val_loss = evaluation.accuracy_and_loss(self.model, self.data.val_x, self.data.val_y)
         squared = path.get("sum_squared")
         record = {
