@@ -217,11 +217,11 @@ def test_a_residual_block_is_refused_by_its_name() -> None:
     for inside in ("first", "relu", "second"):
         message = refusal(model, x, f"2.{inside}")
         assert "skip connection" in message
-        assert "joins at '2' (Residual)" in message
+        assert "the input reaches '2' (Residual)" in message
         assert "It can be at: 0, 1, 2" in message
     whole = Residual(5)
     assert names(whole, x) == []
-    assert "joins in the forward pass of Residual itself. There is no cut" in refusal(whole, x, "first")
+    assert "the input reaches the end of the forward pass of Residual. There is no cut" in refusal(whole, x, "first")
 
 
 def test_a_boundary_of_several_tensors() -> None:
@@ -302,7 +302,7 @@ def test_transformers_are_cut_on_the_residual_stream(kind: str) -> None:
         _check_halves(Split(run, cuts[-1], points), points)
     assert "it is the input of the function" in refusal(model, tokens, "embed", wrt="embed")
     if kind == "pre":
-        assert "joins at 'blocks.0' (PreNorm)" in refusal(model, tokens, "blocks.0.up", wrt="embed")
+        assert "the input reaches 'blocks.0' (PreNorm)" in refusal(model, tokens, "blocks.0.up", wrt="embed")
 
 
 @pytest.mark.parametrize("on", ["logits", "probabilities", "loss", "2"])
@@ -379,8 +379,29 @@ def test_one_item_of_several_outputs() -> None:
         assert [cut.name for cut in cuts] == ["0", "1", "2.b"]
         for cut in cuts:
             _check_halves(Split(run, cut, points), points)
-        with pytest.raises(UsageError, match="does not depend on it"):
-            check_cut(run, points, "2.a")
+        for name, why in (("2.a", "does not depend on it"), ("2", "nothing after it")):
+            with pytest.raises(UsageError, match=why):
+                check_cut(run, points, name)
+
+
+def test_of_a_tuple_what_the_rest_uses_decides() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.sin(), self.inner(x)
+
+    class Second(nn.Module):
+        def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+            return pair[1].cos()
+
+    model = nn.Sequential(Pair(), Second(), nn.Linear(4, 2))
+    x = normal(2, 3, dtype=torch.float32)
+    assert names(model, x) == ["0.inner", "1"]
+    with function(model, x) as (run, points):
+        assert check_cut(run, points, "0") == Cut("0", "Pair", 4, (1,))
 
 
 class Counted(nn.Linear):

@@ -2,7 +2,7 @@
 
 The output a = h(x) of a submodule is a *cut* iff every path from the input to the output passes through it. Test: a
 forward pass in which a fresh leaf takes the place of a must have no gradient by x left, and one by the leaf. A skip
-connection across the boundary leaves a gradient by x; the first module that shows it is where the paths join.
+connection across the boundary leaves a gradient by x; the first module that shows it is where the paths have met.
 
 One forward pass with such a hook gives both halves at once: h(x) is what came to the boundary, and the output is g of
 what the rest was given in its place. So estimators need no second pass for the half that they do not move, whatever the
@@ -80,7 +80,10 @@ def find_cuts(run: Function, x: Tensor) -> list[Cut]:
             continue
         found = _examine(run, x, base, call.name)
         if isinstance(found, Cut):
-            cuts.append(found)
+            key = call.key_of(found.parts)  # of a tuple, what counts may be the output of a module inside
+            if found.parts is None or key not in known:
+                cuts.append(found)
+            known.add(key)
     return cuts
 
 
@@ -88,8 +91,8 @@ def check_cut(run: Function, x: Tensor, name: str) -> Cut:
     """Returns the cut at the output of the module ``name``, for a `Split`.
 
     Raises:
-        UsageError: there is no such module, or its output is no cut; says why, names the module where a skip
-            connection joins, and lists the cuts that there are.
+        UsageError: there is no such module, or its output is no cut; says why, names the first module after
+            a skip connection, and lists the cuts that there are.
 
     Cost: two forward passes on two samples.
     """
@@ -207,7 +210,10 @@ class _Call:
     name: str
     tensors: dict[int, Tensor]
     sums: list[Tensor]
-    key: Any
+    key: tuple[Any, ...]
+
+    def key_of(self, parts: tuple[int, ...] | None) -> tuple[Any, ...]:
+        return tuple(key for i, key in zip(self.tensors, self.key, strict=True) if parts is None or i in parts)
 
 
 class _Pass:
@@ -269,10 +275,6 @@ def _examine(run: Function, x: Tensor, base: _Pass, name: str) -> Cut | str:
         return f"it runs {len(calls)} times, so its output is not one place in the network"
     if not calls[0].tensors:
         return "it returns no real tensor"
-    if calls[0].key == base.start_key:
-        return "it returns the input of the function unchanged, so there is nothing before it"
-    if calls[0].key == base.end_key:
-        return "it returns the output of the function, so there is nothing after it"
     seen = _Pass(run, x, name)
     if seen.came is None or seen.times(name) != 1:
         return "it does not run the same way in every forward pass"
@@ -285,11 +287,15 @@ def _examine(run: Function, x: Tensor, base: _Pass, name: str) -> Cut | str:
     if not used:
         return "the output of the function does not depend on it"
     if _depends([seen.out.sum()], seen.x):
-        return f"a skip connection goes around it and joins {_where(run, seen, name)}"
+        return f"a skip connection goes around it, by which the input reaches {_where(run, seen, name)}"
     of_input = dict(zip(seen.came.tensors, seen.came.sums, strict=True))
     parts = tuple(i for i in used if _depends([of_input[i]], seen.x))
     if not parts:
         return "it does not depend on the input of the function"
+    if calls[0].key_of(parts) == base.start_key:
+        return "it returns the input of the function unchanged, so there is nothing before it"
+    if calls[0].key_of(parts) == base.end_key:
+        return "it returns the output of the function, so there is nothing after it"
     shapes = [tuple(seen.leaves[i].shape) for i in parts]
     if any(not shape or shape[0] != len(x) for shape in shapes):
         return f"it returns {' and '.join(map(str, shapes))} for {len(x)} samples: the batch is not the first dimension"
@@ -320,8 +326,8 @@ def _where(run: Function, seen: _Pass, name: str) -> str:
     place = next(i for i, call in enumerate(seen.calls) if call.name == name)
     for call in seen.calls[place + 1 :]:
         if _depends(call.sums, seen.x):
-            return f"at {call.name!r} ({type(layer(_module(run), call.name)).__name__})"
-    return f"in the forward pass of {type(_module(run)).__name__} itself"
+            return f"{call.name!r} ({type(layer(_module(run), call.name)).__name__})"
+    return f"the end of the forward pass of {type(_module(run)).__name__}"
 
 
 def _depends(sums: list[Tensor], x: Tensor) -> bool:

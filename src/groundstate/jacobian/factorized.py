@@ -6,8 +6,8 @@ For f = g after h, J = J_g(h(x)) J_h(x), and per sample::
 
 The half-sum on the right is what is minimized: its halves are Frobenius norms, so one probe each estimates it without
 bias. Minimized over all smooth functions g and h its infimum is that of the nuclear norm; for one given network it is
-an upper bound and no more: 2 to 5 times too large in a trained perceptron, more in a new one (`looseness`). The product in the middle does not change
-when h is scaled by c and g by 1/c: it is the one to report.
+an upper bound and no more: 2 to 5 times too large in a trained perceptron, more in a new one (`looseness`). The product
+in the middle does not change when h is scaled by c and g by 1/c: it is the one to report.
 
 Estimators, per half: ``vjp``, C ||J^T u||^2 with u uniform on the unit sphere of the half's C outputs; ``fd``,
 ||g(a + sigma e) - g(a)||^2 / sigma^2 with e Gaussian, the published form, biased by O(sigma^2), at kinks O(sigma).
