@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from groundstate.energies import Energy, MatrixEnergy, NetworkEnergy, Traits, parse, register, registered, unregister
+from groundstate.energies.base import Estimate
+from groundstate.energies.dirichlet import Dirichlet
 from groundstate.energies.entrywise import L1, Frobenius
 from groundstate.energies.graph import GraphEnergy
 from groundstate.energies.path_energy import PathEnergy
@@ -225,6 +227,30 @@ def brittle_gradient(self: Any, layers: Any) -> tuple[Tensor, list[Tensor]]:
     return value, [g * (value / value) for g in grads]
 
 
+def exact(value: Callable[..., Any]) -> Callable[[], Energy]:
+    """A Dirichlet energy with another value, without random probes."""
+    return mutant(Dirichlet, value=value)
+
+
+def plain_dirichlet(self: Any, f: Any, x: Tensor, y: Any = None, *, probe: Any) -> Tensor:
+    """As one would write it: differentiates at x itself, in the mode the network is in."""
+    x.requires_grad_()
+    out = f(x)
+    rows = [torch.autograd.grad(out[:, c].sum(), x, create_graph=True)[0] for c in range(out.shape[1])]
+    return torch.stack([r.square().sum() for r in rows]).sum() / len(x)
+
+
+def around(change: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tensor]:
+    def value(self: Any, f: Any, x: Tensor, y: Any = None, *, probe: Any) -> Tensor:
+        return change(Dirichlet.value(self, f, x, y, probe=probe), f)
+
+    return value
+
+
+def forgiving(self: Any, f: Any, x: Tensor, y: Any = None, *, probe: Any) -> Tensor:
+    return Dirichlet.value(self, f, x.nan_to_num(0.0, 0.0, 0.0), y, probe=probe)
+
+
 MUTANTS: dict[str, Callable[[], Energy]] = {
     "common.traits_are_filled": mutant(Frobenius, reference=" "),
     "common.examples_are_instances": mutant(Frobenius, examples=classmethod(lambda cls: ())),
@@ -276,6 +302,16 @@ MUTANTS: dict[str, Callable[[], Energy]] = {
     "networks.invariant": mutant(
         GraphEnergy, value=lambda self, layers: GraphEnergy.value(self, layers) + layers[0][0].abs().sum()
     ),
+    "functions.probes_decide_alone": exact(around(lambda value, f: value * (1 + torch.rand(())))),
+    "functions.leaves_no_trace": exact(plain_dirichlet),
+    "functions.works_in_every_mode": exact(around(lambda value, f: value * (1 + float(torch.is_grad_enabled())))),
+    "functions.estimates_are_plain": mutant(
+        Dirichlet, estimate=lambda self, f, x, y=None, *, probe: Estimate(float("nan"), None, len(x))
+    ),
+    "functions.finite_at_degenerate_networks": exact(around(lambda value, f: value * (value / value).detach())),
+    "functions.bad_inputs_are_named": exact(forgiving),
+    "functions.gradient_matches_differences": exact(around(lambda value, f: 0.5 * (value + value.detach()))),
+    "functions.homogeneous": mutant(Dirichlet, degree=1.0),
     "trajectories.state_is_a_mapping_of_tensors": mutant(
         PathEnergy, init=lambda self, blocks: PathEnergy.init(self, blocks) | {"note": 1.0}
     ),

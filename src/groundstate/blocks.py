@@ -1,8 +1,12 @@
 """Which parameters an energy of weights sees, and as which matrix.
 
 A *block* is one weight seen as a matrix: a linear weight ``(out, in)`` as it is, a convolution
-``(out, in/groups, *kernel)`` as ``(out, in/groups * prod(kernel))``. Biases, normalizations and embeddings are not
-blocks. Tied weights are one block.
+``(out, in/groups, *kernel)`` as ``(out, in/groups * prod(kernel))``, a transposed convolution
+``(in, out/groups, *kernel)`` likewise, its axes put in order. So every row is a neuron, with the weights that lead to
+it. Biases, normalizations and embeddings are not blocks. Tied weights are one block.
+
+Energies of neurons see the rows of each group of a grouped convolution by themselves (view ``neurons``): neurons of
+different groups look at different inputs.
 """
 
 from __future__ import annotations
@@ -10,11 +14,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from groundstate.errors import UsageError
+
+View = Literal["matrix", "neurons"]
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module)\.")
 _NORMALIZATION = re.compile(
@@ -30,15 +37,25 @@ class Block:
     Attributes:
         name: Canonical name, without the prefixes of DDP, ``torch.compile`` and activation checkpointing.
         parameter: The parameter itself, of any number of dimensions from 2.
+        module: The module that owns it, where known; it tells transposed and grouped convolutions.
     """
 
     name: str
     parameter: nn.Parameter
+    module: nn.Module | None = None
 
     @property
     def matrix(self) -> Tensor:
         """The weight as a matrix ``(out, in)``, detached, sharing memory where the layout allows."""
-        return as_matrix(self.parameter.detach())
+        return as_matrix(self.parameter.detach(), self.module)
+
+    def seen(self, view: View) -> Tensor:
+        """Returns the weight as an energy with this view sees it: ``matrix``, or ``neurons``, ``(groups, out, in)``."""
+        return self.matrix if view == "matrix" else by_neurons(self.matrix, self.module)
+
+    def like(self, gradient: Tensor) -> Tensor:
+        """Returns a gradient (of either view) in the shape, dtype and memory format of the parameter."""
+        return like_parameter(gradient, self.parameter, self.module)
 
 
 def canonical(name: str) -> str:
@@ -46,9 +63,18 @@ def canonical(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def as_matrix(w: Tensor) -> Tensor:
+def as_matrix(w: Tensor, module: nn.Module | None = None) -> Tensor:
     """Returns ``(out, in)`` for a linear weight and ``(out, in * prod(kernel))`` for a convolution of any layout."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        split = w.unflatten(0, (module.groups, -1))  # (groups, in, out, *kernel), in and out of one group
+        return split.transpose(1, 2).flatten(0, 1).flatten(1)
     return w if w.ndim == 2 else w.reshape(w.shape[0], -1)
+
+
+def by_neurons(matrix: Tensor, module: nn.Module | None = None) -> Tensor:
+    """Returns the rows of each group of a convolution apart, ``(groups, out / groups, in)``; else the matrix."""
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    return matrix if groups == 1 else matrix.unflatten(-2, (groups, -1))
 
 
 def skip_reason(name: str, tensor: Tensor, module: nn.Module | None = None) -> str | None:
@@ -68,8 +94,6 @@ def skip_reason(name: str, tensor: Tensor, module: nn.Module | None = None) -> s
             return "embedding"
         if isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
             return "normalization"
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            return "transposed convolution: its matrix view is not (out, in * kernel)"
     else:
         if _EMBEDDING.search(name):
             return "embedding (by name)"
@@ -108,7 +132,7 @@ def select(model: nn.Module, pattern: str | None = None) -> list[Block]:
         if reason is None and not matches(name, pattern):
             reason = f"not matched by {pattern!r}"
         if reason is None:
-            found.append(Block(name, parameter))
+            found.append(Block(name, parameter, module))
         table.append(f"{name} {tuple(parameter.shape)}: {reason or 'selected'}")
     if not found:
         listing = "; ".join(table) or "the model has no parameters"
@@ -126,8 +150,12 @@ def matches(name: str, pattern: str | None) -> bool:
     return any(fnmatchcase(name, p) for p in keep) and not any(fnmatchcase(name, p) for p in drop)
 
 
-def like_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Returns a matrix gradient in the shape, dtype and memory format of its parameter."""
+def like_parameter(gradient: Tensor, parameter: Tensor, module: nn.Module | None = None) -> Tensor:
+    """Returns a gradient, as a matrix or in its own shape, in the shape, dtype and format of its parameter."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and gradient.shape != parameter.shape:
+        inner = parameter.shape[0] // module.groups
+        split = gradient.reshape(module.groups, -1, inner, *parameter.shape[2:])
+        gradient = split.transpose(1, 2)
     shaped = gradient.reshape(parameter.shape).to(parameter.dtype)
     if (
         parameter.ndim == 4

@@ -45,7 +45,8 @@ class Placed:
         """Returns the value of a matrix energy at each weight."""
         if not isinstance(self.energy, MatrixEnergy):
             return {}
-        return {b.name: float(_named(self, b.name, self.energy.value, b.matrix)) for b in self.blocks}
+        view = self.energy.view
+        return {b.name: float(_named(self, b.name, self.energy.value, b.seen(view)).sum()) for b in self.blocks}
 
     def value_and_gradients(self, trajectory: dict[str, Tensor] | None) -> tuple[float, list[tuple[Block, Tensor]]]:
         """Returns the value and, for every weight that can be trained, the gradient as a matrix.
@@ -62,8 +63,9 @@ class Placed:
             value, grads = _named(self, where, self.energy.value_and_grad, [b.matrix for b in self.blocks])
             found, values = list(zip(self.blocks, grads, strict=True)), [value]
         elif isinstance(self.energy, MatrixEnergy):
-            pairs = [_named(self, b.name, self.energy.value_and_grad, b.matrix) for b in self.blocks]
-            found, values = [(b, g) for b, (_, g) in zip(self.blocks, pairs, strict=True)], [v for v, _ in pairs]
+            view = self.energy.view
+            pairs = [_named(self, b.name, self.energy.value_and_grad, b.seen(view)) for b in self.blocks]
+            found, values = [(b, g) for b, (_, g) in zip(self.blocks, pairs, strict=True)], [v.sum() for v, _ in pairs]
         else:
             return 0.0, []
         for block, grad in found:
@@ -95,6 +97,12 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
         )
     if isinstance(energy, NetworkEnergy):
         blocks = [Block(canonical(name), parameter) for name, parameter in ordered_layers(model)]
+    if isinstance(energy, MatrixEnergy):
+        rows, columns = energy.smallest
+        shapes = [b.seen(energy.view).shape[-2:] for b in blocks]
+        blocks = [b for b, shape in zip(blocks, shapes, strict=True) if shape[0] >= rows and shape[1] >= columns]
+        if not blocks:
+            raise UsageError(f"{energy!r} needs weights of at least {rows} x {columns}: no selected one is so large")
     for block in blocks:
         if type(block.parameter).__name__ == "DTensor" or type(block.parameter.data).__name__ == "DTensor":
             raise UsageError(f"{block.name} is a sharded parameter (DTensor), which is not supported yet")
@@ -127,7 +135,7 @@ class _ClosedForm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Placed, *weights: Tensor) -> Tensor:
         value, grads = p.value_and_gradients(None)
-        ctx.save_for_backward(*[g.reshape(w.shape).to(w.dtype) for (_, g), w in zip(grads, weights, strict=True)])
+        ctx.save_for_backward(*[block.like(g) for block, g in grads])
         dtype = weights[0].dtype if weights[0].dtype == torch.float64 else torch.float32
         return torch.tensor(value, dtype=dtype, device=weights[0].device)
 

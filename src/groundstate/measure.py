@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from groundstate.blocks import as_matrix, skip_reason
+from groundstate.blocks import as_matrix, by_neurons, skip_reason
 from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
 from groundstate.energies.registry import parse, registered
 from groundstate.errors import UsageError
@@ -274,8 +274,10 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy]) -> Row:
     spectra = singular_values(matrices).double()
     values = {}
     for key, energy in energies.items():
-        value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(matrices)
-        values[key] = float(value.double().sum())
+        seen = matrices if energy.view == "matrix" else by_neurons(matrices, entry.module)
+        if all(n >= least for n, least in zip(seen.shape[-2:], energy.smallest)):
+            value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(seen)
+            values[key] = float(value.double().sum())
     figures = _figures(spectra, max(matrices.shape[-2:]), matrices.dtype)
     stack = len(matrices) if matrices.ndim == 3 else 1
     return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", values=values, matrices=stack, **figures)
@@ -296,7 +298,7 @@ def _non_finite(tensor: Tensor) -> tuple[int, int]:
 def _matrices(entry: NamedTensor, tensor: Tensor) -> Tensor:
     """Returns ``(out, in)``, or ``(stack, out, in)``, in float32 or float64."""
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    return wide if wide.ndim == 3 and _is_stack(entry) else as_matrix(wide)
+    return wide if wide.ndim == 3 and _is_stack(entry) else as_matrix(wide, entry.module)
 
 
 def _is_stack(entry: NamedTensor) -> bool:
@@ -326,7 +328,7 @@ def _figures(s: Tensor, longest: int, dtype: torch.dtype) -> dict[str, Any]:
 
 def _totals(rows: list[Row], energies: Iterable[str]) -> dict[str, float]:
     analyzed = [r for r in rows if r.status == "analyzed"]
-    return {k: math.fsum(r.values[k] for r in analyzed) for k in energies}
+    return {k: math.fsum(r.values[k] for r in analyzed if k in r.values) for k in energies}
 
 
 def _network(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundstate import blocks as blocks_of
-from groundstate.blocks import Block, like_parameter
+from groundstate.blocks import Block
 from groundstate.couplings import Placed, add_to_gradients, differentiable_value, place, total_value
 from groundstate.energies.base import Coupling, Energy, Proximable, Sum, Term, TrajectoryEnergy
 from groundstate.energies.registry import parse
@@ -322,7 +322,7 @@ class Regularizer:
             for block, grad in grads:
                 sign = 1.0 if held is None else held.get(id(block.parameter), 0.0)
                 if block.parameter.grad is not None and block.parameter.requires_grad and sign != 0.0:
-                    additions.append((block.parameter, like_parameter(grad, block.parameter), sign * strength * scale))
+                    additions.append((block.parameter, block.like(grad), sign * strength * scale))
             total += strength * value
         add_to_gradients(additions)
         return total
@@ -338,7 +338,7 @@ class Regularizer:
                         f"the prox of {p.key} at {block.name} is not finite: the weights are unchanged"
                     )
                 with torch.no_grad():
-                    block.parameter.copy_(like_parameter(moved, block.parameter))
+                    block.parameter.copy_(block.like(moved))
 
     def _rates(self, optimizer: Optimizer) -> dict[str, float]:
         """Returns the learning rate of every block that the optimizer holds; 0 for the others where observed."""

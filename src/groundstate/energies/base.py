@@ -91,7 +91,16 @@ class Energy(ABC):
 
 
 class MatrixEnergy(Energy):
-    """Energy of one weight block: shape ``(*batch, out, in)`` to ``(*batch,)``."""
+    """Energy of one weight block: shape ``(*batch, out, in)`` to ``(*batch,)``.
+
+    Attributes:
+        view: How it sees a weight: ``matrix``, or ``neurons``, where each group of a grouped convolution is a matrix of
+            its own; its energies are summed.
+        smallest: Fewest rows and columns on which it is defined; smaller weights are left out.
+    """
+
+    view: ClassVar[Literal["matrix", "neurons"]] = "matrix"
+    smallest: ClassVar[tuple[int, int]] = (0, 0)
 
     @abstractmethod
     def value(self, w: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from groundstate.testing.expect import expect, expect_close, expect_nonfinite_er
 
 def gradient_equals_autograd(energy: MatrixEnergy) -> None:
     """``value_and_grad`` gives the value of ``value`` and its gradient by autograd, to 1e-8."""
-    for shape in (*samples.SHAPES, (3, 2, 5, 4)):
+    for shape in (*samples.shapes(energy.smallest), (3, 2, 5, 4)):
         w = samples.normal(shape, 40)
         leaf = w.clone().requires_grad_()
         expected = energy.value(leaf)
@@ -32,7 +32,7 @@ def gradient_equals_autograd(energy: MatrixEnergy) -> None:
 
 def gradient_matches_differences(energy: MatrixEnergy) -> None:
     """<gradient, D> is the central difference of the value along random directions D."""
-    for number, shape in enumerate(samples.SHAPES):
+    for number, shape in enumerate(samples.shapes(energy.smallest)):
         w = samples.normal(shape, 50 + number)
         value, grad = energy.value_and_grad(w)
         for seed in (60, 61):
@@ -52,7 +52,7 @@ def homogeneous(energy: MatrixEnergy) -> None:
     degree = energy.traits.degree
     if degree is None:
         return
-    for shape in samples.SHAPES:
+    for shape in samples.shapes(energy.smallest):
         w = samples.normal(shape, 70)
         value = energy.value(w)
         for c in (2.0, -0.3, 7.0):
@@ -67,7 +67,7 @@ def homogeneous(energy: MatrixEnergy) -> None:
 def invariant(energy: MatrixEnergy) -> None:
     """E(T W) = E(W) for the declared isometries T, and the gradient at T W is T of the gradient at W."""
     for invariance in energy.traits.invariances:
-        for shape in samples.SHAPES:
+        for shape in samples.shapes(energy.smallest):
             w = samples.normal(shape, 80)
             for name, isometry in samples.isometries(invariance, *shape).items():
                 what = f"{energy!r} is declared {invariance!r}, {name} at a random {shape}"
@@ -83,7 +83,7 @@ def convex(energy: MatrixEnergy) -> None:
     """Where declared convex: E is at most its chords, and at least its tangents also where it has a kink."""
     if not energy.traits.convex:
         return
-    for shape in samples.SHAPES:
+    for shape in samples.shapes(energy.smallest):
         u, v = samples.normal(shape, 90), samples.normal(shape, 91)
         for t in (0.1, 0.5, 0.8):
             middle, ends = energy.value((1 - t) * u + t * v), (1 - t) * energy.value(u) + t * energy.value(v)
@@ -93,7 +93,7 @@ def convex(energy: MatrixEnergy) -> None:
             )
     if not energy.traits.differentiable:
         return
-    for name, w in samples.degenerate(torch.float64).items():
+    for name, w in samples.degenerate(torch.float64, energy.smallest).items():
         if w.numel() == 0 or "1e" in name:
             continue
         value, grad = energy.value_and_grad(w)

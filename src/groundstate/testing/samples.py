@@ -46,8 +46,18 @@ def rank_one(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> tup
     return (u[:, None] * v).to(dtype), u, v
 
 
-def degenerate(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the matrices at which formulas divide by zero, overflow or meet an empty dimension."""
+def shapes(smallest: tuple[int, int] = (0, 0)) -> list[tuple[int, int]]:
+    """Returns the shapes that have at least as many rows and columns."""
+    return [s for s in SHAPES if s[0] >= smallest[0] and s[1] >= smallest[1]]
+
+
+def degenerate(dtype: torch.dtype, smallest: tuple[int, int] = (0, 0)) -> dict[str, Tensor]:
+    """Returns the matrices at which formulas divide by zero, overflow or meet an empty dimension.
+
+    Args:
+        dtype: Their dtype.
+        smallest: Fewest rows and columns.
+    """
     found = {
         "zero": torch.zeros(4, 3),
         "rank one": rank_one(4, 3)[0],
@@ -68,7 +78,8 @@ def degenerate(dtype: torch.dtype) -> dict[str, Tensor]:
             found[f"entries near {size:g}"] = size * normal((4, 3), 13)
             found[f"rank one near {size:g}"] = size * rank_one(4, 3)[0]
         found["entries from 1e-25 to 1e25"] = normal((3, 3), 14) * torch.tensor([[1e25], [1.0], [1e-25]]).double()
-    return {name: w.to(dtype) for name, w in found.items()}
+    fits = {n: w for n, w in found.items() if w.shape[0] >= smallest[0] and w.shape[1] >= smallest[1]}
+    return {name: w.to(dtype) for name, w in fits.items()}
 
 
 def layouts(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def compression(
             parameters += count
             kept[block.name] = rank
             with torch.no_grad():
-                block.parameter.copy_(low.reshape(block.parameter.shape))
+                block.parameter.copy_(block.like(low))
         accuracy, _ = accuracy_and_loss(twin, x, y)
         rows.append(
             {
