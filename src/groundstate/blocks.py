@@ -140,6 +140,13 @@ def select(model: nn.Module, pattern: str | None = None) -> list[Block]:
     return found
 
 
+def last_linear(model: nn.Module) -> str | None:
+    """Returns the name of the weight of the last linear layer, if no other weight comes after it: the classifier."""
+    found = [n for n, (p, m) in parameters_by_name(model).items() if skip_reason(n, p, m) is None]
+    owners = parameters_by_name(model)
+    return found[-1] if len(found) > 1 and isinstance(owners[found[-1]][1], nn.Linear) else None
+
+
 def matches(name: str, pattern: str | None) -> bool:
     """Whether a name is selected by comma-separated shell patterns, those with a leading ``!`` taking away."""
     if pattern is None:

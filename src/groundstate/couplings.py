@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groundstate.blocks import Block, canonical
+from groundstate.blocks import Block, canonical, last_linear
 from groundstate.energies.base import (
     Coupling,
     Energy,
+    Evolving,
     FunctionEnergy,
     MatrixEnergy,
     NetworkEnergy,
@@ -24,13 +26,31 @@ from groundstate.layers import ordered_layers
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What a term is given at one step: the path so far, what it keeps of each weight, and its sources of probes."""
+
+    trajectory: dict[str, Tensor]
+    memories: dict[str, dict[str, Tensor]]
+    probe: Callable[[str], torch.Generator]
+
+
+@dataclass(frozen=True)
 class Placed:
-    """A term with the weights that it sees; for a network energy the ordered layers, else the selected blocks."""
+    """A term with the weights that it sees; for a network energy the ordered layers, else the selected blocks.
+
+    Attributes:
+        energy: The energy.
+        strength: Its factor.
+        coupling: Where it acts.
+        blocks: The weights.
+        output: Name of the weight of the network's last linear layer, where it is among them.
+    """
 
     energy: Energy
     strength: float
     coupling: Coupling
     blocks: tuple[Block, ...]
+    output: str | None = None
 
     @property
     def key(self) -> str:
@@ -41,21 +61,40 @@ class Placed:
     def per_block(self) -> bool:
         return isinstance(self.energy, MatrixEnergy)
 
+    def at(self, block: Block) -> MatrixEnergy:
+        """Returns the matrix energy that acts on a weight."""
+        if not isinstance(self.energy, MatrixEnergy):
+            raise UsageError(f"{self.key} is not an energy of single weights")
+        return self.energy.at_output() if block.name == self.output else self.energy
+
     def by_block(self) -> dict[str, float]:
         """Returns the value of a matrix energy at each weight."""
         if not isinstance(self.energy, MatrixEnergy):
             return {}
         view = self.energy.view
-        return {b.name: float(_named(self, b.name, self.energy.value, b.seen(view)).sum()) for b in self.blocks}
+        return {b.name: float(_named(self, b.name, self.at(b).value, b.seen(view)).sum()) for b in self.blocks}
 
-    def value_and_gradients(self, trajectory: dict[str, Tensor] | None) -> tuple[float, list[tuple[Block, Tensor]]]:
+    def memories(self, probe: Callable[[str], torch.Generator]) -> dict[str, dict[str, Tensor]]:
+        """Returns what an evolving energy keeps of each weight before the first step."""
+        found = {}
+        for b in self.blocks if isinstance(self.energy, Evolving) else ():
+            energy = self.at(b)
+            if isinstance(energy, Evolving):
+                found[b.name] = energy.remember(b.seen(energy.view), probe(b.name))
+        return found
+
+    def value_and_gradients(self, turn: Turn | None = None) -> tuple[float, list[tuple[Block, Tensor]]]:
         """Returns the value and, for every weight that can be trained, the gradient as a matrix.
+
+        Args:
+            turn: What this step gives; without it evolving energies are taken as functions of the weight alone.
 
         Raises:
             NonFiniteError: names the energy and the weight; nothing has been written anywhere.
         """
         if isinstance(self.energy, TrajectoryEnergy):
-            value, by_name = self.energy.term(trajectory or {}, {b.name: b.parameter.detach() for b in self.blocks})
+            trajectory = {} if turn is None else turn.trajectory
+            value, by_name = self.energy.term(trajectory, {b.name: b.parameter.detach() for b in self.blocks})
             found = [(b, by_name[b.name]) for b in self.blocks]
             values = [value]
         elif isinstance(self.energy, NetworkEnergy):
@@ -63,8 +102,7 @@ class Placed:
             value, grads = _named(self, where, self.energy.value_and_grad, [b.matrix for b in self.blocks])
             found, values = list(zip(self.blocks, grads, strict=True)), [value]
         elif isinstance(self.energy, MatrixEnergy):
-            view = self.energy.view
-            pairs = [_named(self, b.name, self.energy.value_and_grad, b.seen(view)) for b in self.blocks]
+            pairs = [self._at_block(b, turn) for b in self.blocks]
             found, values = [(b, g) for b, (_, g) in zip(self.blocks, pairs, strict=True)], [v.sum() for v, _ in pairs]
         else:
             return 0.0, []
@@ -75,6 +113,14 @@ class Placed:
                     "rate or the strength, or start again from a good checkpoint"
                 )
         return sum(float(v) for v in values), found
+
+    def _at_block(self, block: Block, turn: Turn | None) -> tuple[Tensor, Tensor]:
+        energy = self.at(block)
+        w = block.seen(energy.view)
+        if turn is None or not isinstance(energy, Evolving):
+            return _named(self, block.name, energy.value_and_grad, w)
+        memory, probe = turn.memories[block.name], turn.probe(block.name)
+        return _named(self, block.name, lambda seen: energy.step(seen, memory, probe), w)
 
 
 def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) -> Placed:
@@ -106,7 +152,7 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
     for block in blocks:
         if type(block.parameter).__name__ == "DTensor" or type(block.parameter.data).__name__ == "DTensor":
             raise UsageError(f"{block.name} is a sharded parameter (DTensor), which is not supported yet")
-    return Placed(energy, term.strength, coupling, tuple(blocks))
+    return Placed(energy, term.strength, coupling, tuple(blocks), last_linear(model))
 
 
 def total_value(p: Placed) -> float | None:
@@ -119,13 +165,15 @@ def total_value(p: Placed) -> float | None:
     return None
 
 
-def differentiable_value(p: Placed, model: nn.Module, x: Tensor | None, y: Tensor | None, probe: Any) -> Tensor:
+def differentiable_value(
+    p: Placed, model: nn.Module, x: Tensor | None, y: Tensor | None, probe: torch.Generator, turn: Turn
+) -> Tensor:
     """Returns the value of a term as a node of the autograd graph of the loss."""
     if isinstance(p.energy, FunctionEnergy):
         if x is None:
             raise UsageError(f"{p.key} needs the batch: call reg.loss(x, y) with the inputs of the step")
         return p.energy.value(model, x, y, probe=probe)
-    value: Tensor = _ClosedForm.apply(p, *[b.parameter for b in p.blocks])  # pyright: ignore[reportAssignmentType]
+    value: Tensor = _ClosedForm.apply(p, turn, *[b.parameter for b in p.blocks])  # pyright: ignore[reportAssignmentType]
     return value
 
 
@@ -133,15 +181,15 @@ class _ClosedForm(torch.autograd.Function):
     """The value of a weight energy whose gradient is its closed form; the decomposition runs once."""
 
     @staticmethod
-    def forward(ctx: Any, p: Placed, *weights: Tensor) -> Tensor:
-        value, grads = p.value_and_gradients(None)
+    def forward(ctx: Any, p: Placed, turn: Turn, *weights: Tensor) -> Tensor:
+        value, grads = p.value_and_gradients(turn)
         ctx.save_for_backward(*[block.like(g) for block, g in grads])
         dtype = weights[0].dtype if weights[0].dtype == torch.float64 else torch.float32
         return torch.tensor(value, dtype=dtype, device=weights[0].device)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return (None, *[outputs[0].to(g.dtype) * g for g in ctx.saved_tensors])
+        return (None, None, *[outputs[0].to(g.dtype) * g for g in ctx.saved_tensors])
 
 
 def add_to_gradients(additions: list[tuple[nn.Parameter, Tensor, float]]) -> None:
@@ -164,4 +212,4 @@ def _named(p: Placed, where: str, function: Any, w: Any) -> Any:
         raise NonFiniteError(f"{p.key} at {where}: {error}") from None
 
 
-__all__ = ["Placed", "add_to_gradients", "differentiable_value", "place", "total_value"]
+__all__ = ["Placed", "Turn", "add_to_gradients", "differentiable_value", "place", "total_value"]

@@ -4,6 +4,13 @@ One Jacobian spectrum per sample serves all its energies; then how loose the spl
 falls under projected gradient ascent, how far the worst perturbations are singular vectors of the Jacobian (the regime
 of the theorem that ties adversarial training to the spectral norm) and where they stop being so, how honest the
 predicted probabilities are, and how well their entropy tells outliers.
+
+What does not apply to a network (labels that are no classes, inputs without a derivative, skip connections at every
+layer) is left out with a note that says why. The numbers of a part do not depend on which others are measured: each
+draws from the seed anew.
+
+References: B. Dherin et al. (2022); C. Scarvelis, J. Solomon (2024); K. Roth, Y. Kilcher, T. Hofmann (2020); C. Guo et
+al. (2017); their equations are in `groundstate.energies`, `groundstate.attack` and `groundstate.scores`.
 """
 
 from __future__ import annotations
@@ -11,33 +18,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groundstate.attack import ProjectedAscent, alignment_curve, robust_accuracy
+from groundstate.attack import Norm, ProjectedAscent, alignment_curve, robust_accuracy
 from groundstate.energies.base import Estimate, FunctionEnergy
 from groundstate.energies.jacobian import JacobianEnergy, spectra
 from groundstate.energies.registry import registered
-from groundstate.errors import UsageError
+from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian import exact
 from groundstate.jacobian.cuts import Cut, Split, find_cuts
 from groundstate.jacobian.factorized import half_sum, looseness
-from groundstate.jacobian.function import Function, frozen, function
+from groundstate.jacobian.function import Function, blame, frozen, function
 from groundstate.jacobian.plan import plan_for
 from groundstate.norms import gram
 from groundstate.outliers import families
-from groundstate.scores import auroc, calibration, predictive_entropy
+from groundstate.scores import auroc, calibration, checked_labels, predictive_entropy
 
 Progress = Callable[[int, int, str], None]
 
 SAMPLES = 512
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-"""Radii of the attacks as shares of the typical size of a perturbation: for l2 the root mean square distance of a
-sample from the mean of all, for linf the standard deviation of all entries."""
+"""Radii of the attacks as shares of the size of the data: for l2 the root mean square distance of a sample from the
+mean of all, for linf the standard deviation of all entries."""
 
-_CUT_SAMPLES, _CUT_WIDTH, _ALIGNED, _STEPS, _LONG_STEP = 32, 1024, 128, 20, 1e6
+_CUT_SAMPLES, _CUT_PASSES, _CUT_DRAWS = 32, 4096, 8
+_ALIGNED, _ALIGNED_OUTPUTS, _STEPS, _LONG_STEP = 128, 32, 20, 1e6
+_ENTRIES, _BATCH = 2**26, 128  # entries of Jacobians held at once; samples per pass of a plain evaluation
+_NO_SIZE = "the samples are all the same, so there is no size of the data to measure radii by"
 
 
 @dataclass(frozen=True)
@@ -48,15 +59,20 @@ class FunctionTable:
         samples: How many samples it rests on.
         energies: Estimates with standard errors, by spec.
         spectrum: Means over the samples: ``s_1``, ``s_r`` (the smallest), ``rank``, ``stable_rank``,
-            ``effective_rank``.
-        cuts: For every layer at which the network can be split: its name, kind and width, the factor norms, and how
-            many times too large the bounds on the nuclear norm are there.
-        robustness: Per norm: radii and accuracy under attack (an upper bound on robust accuracy).
+            ``effective_rank``, and ``second``, s_2 / s_1.
+        cuts: For every layer at which the network can be split: its ``name``, ``kind`` and ``width``, and means over 32
+            samples: ``nuclear`` (of J), ``frobenius_g`` and ``frobenius_h`` (of the halves), the bounds ``product`` and
+            ``half_sum``, and how many times too large they are: ``product/nuclear``, ``half_sum/nuclear``. Where that
+            takes too many passes, ``half_sum`` is estimated by as many probes as ``draws`` says, and the norms of the
+            halves and their product are absent.
+        robustness: By norm, ``l2`` and ``linf``: radii ``epsilon``, the same as ``share`` of the size of the data, and
+            ``accuracy`` under attack (an upper bound on robust accuracy).
         alignment: Radii, and the mean absolute cosine of perturbations with the top right singular vector of J:
             ``theorem`` (the output's change is ascended with long steps: the power method while the network is linear),
-            ``logits`` (the same with ordinary steps) and ``cross_entropy`` (the attack).
-        calibration: nll, ece (15 bins), ece_scaled, temperature, brier, accuracy.
-        outliers: AUROC of the predictive entropy, by family.
+            ``logits`` (the same with ordinary steps) and ``cross_entropy`` (the attack). Where s_2 / s_1 is near 1 that
+            vector is hardly determined, and so is the cosine.
+        calibration: nll, ece (15 bins), ece_scaled, temperature (fitted to the same samples), brier, accuracy.
+        outliers: AUROC of the predictive entropy, by family of `groundstate.outliers`.
         notes: What is absent, and why.
     """
 
@@ -91,154 +107,223 @@ def measure_function(
     energies: Iterable[FunctionEnergy] | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
+    whole: bool | None = None,
     progress: Progress | None = None,
 ) -> FunctionTable:
     """Measures a network on samples.
 
     Args:
         model: The network; nothing of it changes.
-        x: Inputs, ``(B, ...)``.
-        y: Class labels ``(B,)``; without them accuracy under attack and calibration are left out.
+        x: Inputs, ``(B, ...)``; taken to the dtype of the parameters.
+        y: Class labels ``(B,)``. Without them, or where they are no classes, only energies, spectrum and cuts are
+            measured.
         energies: What to estimate; default: the first example of every registered energy of the function.
         samples: At most so many samples, drawn by ``seed``.
         seed: Key of the choice of samples and of all probes.
+        whole: Measure all parts of the table; or only the energies, and the spectrum where they share it. Default: all
+            parts, unless ``energies`` leaves out some of the registered ones: who names one wants it alone.
         progress: Called as ``progress(done, total, what)``.
 
     Raises:
-        UsageError: no sample, or an output that is not one row per sample.
-        NonFiniteError: names the first tensor that is not finite.
+        UsageError: no sample, not as many labels, or class labels that the network has no outputs for.
+        NonFiniteError: x or a weight is not finite; it is named. (What overflows without that is left out, with a
+            note.)
 
     Cost: a Jacobian spectrum per sample, Jacobians of both halves at every cut for 32 samples, and some 30 attacks of
     20 steps: a second for a small network.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    >>> table = measure_function(model, torch.ones(5, 2))
+    >>> table.energies["dirichlet"].value, table.energies["jacobian_nuclear"].value, table.spectrum["second"]
+    (25.0, 7.0, 0.75)
     """
-    generator = torch.Generator().manual_seed(seed)
-    if len(x) > samples:
-        index = torch.randperm(len(x), generator=generator)[:samples]
-        x, y = x[index.to(x.device)], None if y is None else y[index.to(y.device)]
-    chosen = list(energies) if energies is not None else [c.examples()[0] for c in _known()]
+    known = [c.examples()[0] for c in registered().values() if issubclass(c, FunctionEnergy)]
+    chosen = known if energies is None else list(energies)
+    whole = set(known) <= set(chosen) if whole is None else whole
+    x, y = _sample(model, x, y, samples, seed)
     table = FunctionTable(len(x))
-    steps: list[tuple[str, Callable[[], None]]] = [
-        ("spectrum and energies", lambda: _energies(table, model, x, y, chosen, generator)),
-        ("cuts", lambda: _cuts(table, model, x, generator)),
-    ]
-    if y is not None:
-        labels = y
-        steps += [
-            ("robustness", lambda: _robustness(table, model, x, labels, generator)),
-            ("alignment", lambda: _alignment(table, model, x, labels, generator)),
-            ("calibration", lambda: _calibration(table, model, x, labels, generator)),
-        ]
-    for done, (what, step) in enumerate(steps, 1):
-        step()
+    work = _Work(table, model, x, y)
+    parts: list[tuple[str, Callable[[torch.Generator], None]]] = []
+    if whole or any(_is_ordinary(e) for e in chosen):
+        parts.append(("spectrum", work.spectrum))
+    parts += [(repr(energy), partial(work.energy, energy)) for energy in chosen]
+    if whole:
+        parts.append(("cuts", work.cuts))
+        if work.find_classes():
+            parts += [("robustness", work.robustness), ("alignment", work.alignment)]
+            parts += [("calibration", work.calibration), ("outliers", work.outliers)]
+    absent: dict[str, list[str]] = {}
+    for done, (what, part) in enumerate(parts, 1):
+        try:
+            part(torch.Generator().manual_seed(seed))
+        except (UsageError, NonFiniteError) as error:
+            absent.setdefault(str(error), []).append(what)
         if progress is not None:
-            progress(done, len(steps), what)
+            progress(done, len(parts), what)
+    table.notes.extend(f"{', '.join(whats)}: left out: {reason}" for reason, whats in absent.items())
     return table
 
 
-def _known() -> list[type[FunctionEnergy]]:
-    return [c for c in registered().values() if issubclass(c, FunctionEnergy)]
+def _sample(model: nn.Module, x: Tensor, y: Tensor | None, samples: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Returns some of the samples, in the dtype of the parameters, once all is known to be finite."""
+    if not isinstance(x, Tensor) or x.ndim == 0 or not x.numel():
+        raise UsageError("what a network does is measured on a tensor of inputs (batch, ...), at least one: give some")
+    if y is not None and len(y) != len(x):
+        raise UsageError(f"x has {len(x)} samples and y {len(y)}: expected as many")
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, got {samples}")
+    if len(x) > samples:
+        index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:samples]
+        x, y = x[index.to(x.device)], None if y is None else y[index.to(y.device)]
+    parameters = [p.detach() for p in model.parameters() if p.is_floating_point()]
+    if any(not bool(torch.isfinite(t).all()) for t in (x, *parameters)):
+        raise blame(model, x, "what the network does")
+    x = x.detach()
+    return x.to(parameters[0].dtype) if parameters and x.is_floating_point() else x, y
 
 
-def _energies(
-    table: FunctionTable,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor | None,
-    energies: Iterable[FunctionEnergy],
-    generator: torch.Generator,
-) -> None:
-    shared: tuple[Tensor, str] | None = None
-    with function(model, x) as (run, points):
+def _is_ordinary(energy: FunctionEnergy) -> bool:
+    """Whether it is an energy of the spectrum of the output by the input."""
+    spectral = isinstance(energy, JacobianEnergy) and energy.on == "logits" and energy.wrt == "input"
+    return spectral and getattr(energy, "method", "") != "factorized"
+
+
+@dataclass
+class _Work:
+    """The parts of a table; one that does not apply raises. Each is given a generator of its own."""
+
+    table: FunctionTable
+    model: nn.Module
+    x: Tensor
+    y: Tensor | None
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    spectra: tuple[Tensor, str] | NonFiniteError | None = None
+
+    def find_classes(self) -> bool:
+        """Says whether the labels are classes; if not, notes why the parts that need them are absent."""
+        y, reason, outputs = self.y, "", 0
+        if y is None:
+            reason = "there are no labels"
+        elif y.is_floating_point() or y.is_complex() or y.ndim != 1:
+            reason = f"labels of dtype {str(y.dtype).removeprefix('torch.')} and shape {tuple(y.shape)} are no classes"
+        else:
+            try:
+                with frozen(self.model) as run, torch.no_grad():
+                    outputs = run(self.x[:1]).shape[1]
+            except UsageError as error:
+                reason = str(error)
+            if outputs > 1:
+                self.labels = checked_labels(y, len(y), outputs)
+                return True
+            reason = reason or "the network has one output, not one for each class"
+        self.table.notes.append(f"robustness, alignment, calibration, outliers: left out: {reason}")
+        return False
+
+    def spectrum(self, _: torch.Generator) -> None:
         try:
-            shared = spectra(run, points, "auto", model)
-        except UsageError as error:
-            table.notes.append(str(error))
-    if shared is not None:
-        s, _ = shared
-        top = s[:, :1]
-        table.spectrum.update(
+            with function(self.model, self.x) as (run, points):
+                self.spectra = spectra(run, points, "auto", self.model)
+        except NonFiniteError as error:
+            self.spectra = error
+            raise
+        s = self.spectra[0].double()
+        top = s[:, :1].clamp_min(torch.finfo(s.dtype).tiny)
+        self.table.spectrum.update(
             s_1=_mean(s[:, 0]),
             s_r=_mean(s[:, -1]),
             rank=_mean((s > 0).sum(-1)),
             stable_rank=_mean(gram.stable_rank(s)),
             effective_rank=_mean(gram.effective_rank(s)),
-            second=_mean(s[:, 1:2] / top.clamp_min(torch.finfo(s.dtype).tiny)) if s.shape[1] > 1 else 0.0,
+            second=_mean(s[:, 1:2] / top) if s.shape[1] > 1 else 0.0,
         )
-    for energy in energies:
-        try:
-            if shared is not None and isinstance(energy, JacobianEnergy) and _is_ordinary(energy):
-                table.energies[repr(energy)] = Estimate.of(energy.of_singular_values(shared[0]), shared[1])
-            else:
-                table.energies[repr(energy)] = energy.estimate(model, x, y, probe=generator)
-        except UsageError as error:
-            table.notes.append(f"{energy!r}: {error}")
+
+    def energy(self, energy: FunctionEnergy, generator: torch.Generator) -> None:
+        if self.spectra is not None and isinstance(energy, JacobianEnergy) and _is_ordinary(energy):
+            if isinstance(self.spectra, NonFiniteError):
+                raise self.spectra
+            found = Estimate.of(energy.of_singular_values(self.spectra[0]), self.spectra[1])
+        else:
+            found = energy.estimate(self.model, self.x, self.y, probe=generator)
+        self.table.energies[repr(energy)] = found
+
+    def cuts(self, generator: torch.Generator) -> None:
+        left = _CUT_PASSES
+        with function(self.model, self.x[:_CUT_SAMPLES]) as (run, points):
+            outputs = plan_for(run, points).outputs
+            small = len(points) * outputs * points[0].numel() <= _ENTRIES
+            for cut in find_cuts(run, points):
+                row: dict[str, Any] = {"name": cut.name, "kind": cut.kind, "width": cut.width}
+                if small and cut.width + outputs <= left:
+                    left -= cut.width + outputs
+                    row |= looseness(Split(run, cut, points), points)
+                else:
+                    row |= self._estimated(run, points, cut, generator)
+                self.table.cuts.append(row)
+        if not self.table.cuts:
+            raise UsageError("the network cannot be split at any layer, so there is no bound over a cut")
+
+    def _estimated(self, run: Function, points: Tensor, cut: Cut, generator: torch.Generator) -> dict[str, float]:
+        split = Split(run, cut, points)
+        draws = [
+            half_sum(split, points, estimator="vjp", probe=generator, differentiable=False) for _ in range(_CUT_DRAWS)
+        ]
+        found = {"half_sum": _mean(torch.stack(draws)), "draws": _CUT_DRAWS}
+        if isinstance(self.spectra, tuple):
+            nuclear = _mean(self.spectra[0][: len(points)].sum(-1))
+            found |= {"nuclear": nuclear, "half_sum/nuclear": found["half_sum"] / nuclear if nuclear > 0 else math.inf}
+        return found
+
+    def robustness(self, generator: torch.Generator) -> None:
+        for norm, size in _sizes(self.x).items():
+            epsilons = [share * size for share in RADII]
+            attack = ProjectedAscent(0.0, norm=norm, steps=_STEPS)
+            accuracy = robust_accuracy(self.model, self.x, self.labels, epsilons, generator, attack=attack)
+            self.table.robustness[norm] = {"epsilon": epsilons, "share": list(RADII), "accuracy": accuracy}
+
+    def alignment(self, generator: torch.Generator) -> None:
+        size = _sizes(self.x)["l2"]
+        with function(self.model, self.x[:_ALIGNED]) as (run, points):
+            outputs, inputs = plan_for(run, points).outputs, points[0].numel()
+            index = torch.arange(min(len(points), _ENTRIES // (outputs * inputs)), device=points.device)
+            if outputs > _ALIGNED_OUTPUTS or not len(index):
+                raise UsageError(f"the Jacobian is {outputs} x {inputs}: its singular vectors cost too much")
+            j = exact.by_loop(run.rows(index), points[index], False).double()
+        if not bool(torch.isfinite(j).all()):
+            raise blame(self.model, self.x, "the Jacobian")
+        j = j / j.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(j.dtype).tiny)  # its square must not underflow
+        v = (torch.linalg.eigh(j @ j.mT)[1][:, None, :, -1] @ j)[:, 0]
+        there = index[v.abs().amax(1) > 0]
+        if not len(there):
+            raise UsageError("the Jacobian is zero at every sample: it has no singular vector")
+        x, y, v = self.x[there], self.labels[there.to(self.labels.device)], v[there]
+        shares = [1e-3, *RADII[1:]]
+        epsilons = [share * size for share in shares]
+        found = alignment_curve(self.model, x, y, v, epsilons, generator, attack=ProjectedAscent(0.0, steps=_STEPS))
+        long = ProjectedAscent(0.0, steps=_STEPS, step_size=_LONG_STEP * size)
+        theorem = alignment_curve(self.model, x, y, v, epsilons, generator, attack=long)["logits"]
+        self.table.alignment.update({"epsilon": epsilons, "share": shares, "theorem": theorem, **found})
+
+    def calibration(self, _: torch.Generator) -> None:
+        self.table.calibration.update(calibration(self._logits(self.x), self.labels))
+
+    def outliers(self, generator: torch.Generator) -> None:
+        inside = predictive_entropy(self._logits(self.x))
+        for family, outliers in families(self.x, generator).items():
+            self.table.outliers[family] = auroc(inside, predictive_entropy(self._logits(outliers)))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        with frozen(self.model) as run, torch.no_grad():
+            return torch.cat([run(part) for part in x.split(_BATCH)])
 
 
-def _is_ordinary(energy: JacobianEnergy) -> bool:
-    """Whether it is an energy of the spectrum of the output by the input."""
-    return energy.on == "logits" and energy.wrt == "input" and getattr(energy, "method", "") != "factorized"
-
-
-def _cuts(table: FunctionTable, model: nn.Module, x: Tensor, generator: torch.Generator) -> None:
-    with function(model, x[:_CUT_SAMPLES]) as (run, points):
-        outputs = plan_for(run, points).outputs
-        for cut in find_cuts(run, points):
-            row: dict[str, Any] = {"name": cut.name, "kind": cut.kind, "width": cut.width}
-            table.cuts.append(row | _at_cut(run, points, cut, outputs, generator))
-    if not table.cuts:
-        table.notes.append("the network cannot be split at any layer: no bounds over cuts")
-
-
-def _at_cut(run: Function, points: Tensor, cut: Cut, outputs: int, generator: torch.Generator) -> dict[str, float]:
-    split = Split(run, cut, points)
-    if cut.width <= _CUT_WIDTH and outputs <= _CUT_WIDTH:
-        return looseness(split, points)
-    draws = [half_sum(split, points, estimator="vjp", probe=generator, differentiable=False) for _ in range(8)]
-    return {"half_sum": _mean(torch.stack(draws))}
-
-
-def _robustness(table: FunctionTable, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    for norm, size in _sizes(x).items():
-        epsilons = [share * size for share in RADII]
-        attack = ProjectedAscent(0.0, norm=norm, steps=_STEPS)  # pyright: ignore[reportArgumentType]
-        accuracy = robust_accuracy(model, x, y, epsilons, generator, attack=attack)
-        table.robustness[norm] = {"epsilon": epsilons, "share": list(RADII), "accuracy": accuracy}
-
-
-def _sizes(x: Tensor) -> dict[str, float]:
+def _sizes(x: Tensor) -> dict[Norm, float]:
+    """Returns the size of the data by norm; see `RADII`."""
     flat = x.flatten(1).double()
-    return {"l2": float((flat - flat.mean(0)).square().sum(-1).mean().sqrt()), "linf": float(flat.std(correction=0))}
-
-
-def _alignment(table: FunctionTable, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    x, y = x[:_ALIGNED], y[:_ALIGNED]
-    with function(model, x) as (run, points):
-        plan = plan_for(run, points)
-        if plan.outputs > exact.TRIAL_SAMPLES or plan.outputs < 2:
-            table.notes.append(f"alignment: left out for {plan.outputs} outputs")
-            return
-        j = exact.by_loop(run, points, False).double()
-    _, q = torch.linalg.eigh(j @ j.mT)
-    v = (q[:, None, :, -1] @ j)[:, 0].to(x.dtype)
-    size = _sizes(x)["l2"]
-    shares = [1e-3, *RADII[1:]]
-    epsilons = [share * size for share in shares]
-    found = alignment_curve(model, x, y, v, epsilons, generator, attack=ProjectedAscent(0.0, steps=_STEPS))
-    long = ProjectedAscent(0.0, steps=_STEPS, step_size=_LONG_STEP * size)
-    theorem = alignment_curve(model, x, y, v, epsilons, generator, attack=long)["logits"]
-    table.alignment.update({"epsilon": epsilons, "share": shares, "theorem": theorem, **found})
-
-
-def _calibration(table: FunctionTable, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
-    with frozen(model) as run, torch.no_grad():
-        logits = run(x)
-        if logits.shape[1] < 2:
-            table.notes.append("calibration: left out for one output")
-            return
-        table.calibration.update(calibration(logits, y))
-        inside = predictive_entropy(logits)
-        for family, outliers in families(x, generator).items():
-            table.outliers[family] = auroc(inside, predictive_entropy(run(outliers)))
+    distance = float((flat - flat.mean(0)).square().sum(-1).mean().sqrt())
+    if distance == 0:
+        raise UsageError(_NO_SIZE)
+    return {"l2": distance, "linf": float(flat.std(correction=0))}
 
 
 def _mean(values: Tensor) -> float:

@@ -18,6 +18,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -26,7 +27,7 @@ from torch.optim import Optimizer
 
 from groundstate import blocks as blocks_of
 from groundstate.blocks import Block
-from groundstate.couplings import Placed, add_to_gradients, differentiable_value, place, total_value
+from groundstate.couplings import Placed, Turn, add_to_gradients, differentiable_value, place, total_value
 from groundstate.energies.base import Coupling, Energy, Proximable, Sum, Term, TrajectoryEnergy
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
@@ -93,6 +94,7 @@ class Regularizer:
         for p in self.placed:
             if isinstance(p.energy, TrajectoryEnergy) and p.key not in self._trajectories:
                 self._trajectories[p.key] = p.energy.init(self._matrices())
+        self._memories = {p.key: p.memories(partial(self._probe, p)) for p in self.placed}
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
         self._added = False
@@ -147,7 +149,7 @@ class Regularizer:
         first = next(self.model.parameters(), None)
         total = torch.zeros((), device=None if first is None else first.device)
         for p in self._firing("loss"):
-            total = total + self._scale(p) * differentiable_value(p, self.model, x, y, self._probe(p))
+            total = total + self._scale(p) * differentiable_value(p, self.model, x, y, self._probe(p), self._turn(p))
         return total
 
     def add_gradients(self, scale: float = 1.0) -> None:
@@ -233,7 +235,7 @@ class Regularizer:
         state: dict[str, Any] = {"version": 1, "energy": repr(self.energy), "step": self.step_count}
         for key, trajectory in self._trajectories.items():
             state |= {f"trajectory/{key}/{k}": v.clone() for k, v in trajectory.items()}
-        return state
+        return state | {f"memory/{k}": v.clone() for k, v in self._remembered().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`; load the weights of the model first.
@@ -263,6 +265,12 @@ class Regularizer:
                         f"the weights moved by {jump:.3g} since the state of {key} was saved: not counted in its path",
                         stacklevel=2,
                     )
+        remembered = self._remembered()
+        saved = {k.removeprefix("memory/"): v for k, v in state.items() if k.startswith("memory/")}
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in remembered.items()}:
+            raise UsageError(f"the saved memory of {self.energy!r} is of other weights than {', '.join(matrices)}")
+        for k, v in remembered.items():
+            v.copy_(saved[k])
         self.step_count = int(state["step"])
         self._added = False
 
@@ -318,7 +326,7 @@ class Regularizer:
         total = 0.0
         for p in firing:
             strength = self._scale(p)
-            value, grads = p.value_and_gradients(self._trajectories.get(p.key))
+            value, grads = p.value_and_gradients(self._turn(p))
             for block, grad in grads:
                 sign = 1.0 if held is None else held.get(id(block.parameter), 0.0)
                 if block.parameter.grad is not None and block.parameter.requires_grad and sign != 0.0:
@@ -357,8 +365,19 @@ class Regularizer:
         lazy = 1 if isinstance(p.energy, TrajectoryEnergy) else self.every
         return p.strength * lazy * self.schedule(self.step_count)
 
-    def _probe(self, p: Placed) -> torch.Generator:
-        key = f"{self.seed}/{self.step_count}/{p.key}"
+    def _turn(self, p: Placed) -> Turn:
+        return Turn(self._trajectories.get(p.key, {}), self._memories[p.key], partial(self._probe, p))
+
+    def _remembered(self) -> dict[str, Tensor]:
+        return {
+            f"{key}/{name}/{k}": v
+            for key, blocks in self._memories.items()
+            for name, memory in blocks.items()
+            for k, v in memory.items()
+        }
+
+    def _probe(self, p: Placed, name: str = "") -> torch.Generator:
+        key = f"{self.seed}/{self.step_count}/{p.key}" + (f"/{name}" if name else "")
         generator = torch.Generator()
         generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
         return generator

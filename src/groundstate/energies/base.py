@@ -102,6 +102,10 @@ class MatrixEnergy(Energy):
     view: ClassVar[Literal["matrix", "neurons"]] = "matrix"
     smallest: ClassVar[tuple[int, int]] = (0, 0)
 
+    def at_output(self) -> MatrixEnergy:
+        """Returns the energy that takes its place at the last linear layer of a network; by default itself."""
+        return self
+
     @abstractmethod
     def value(self, w: Tensor) -> Tensor:
         """Returns E for each matrix of the batch, shape ``(*batch,)``; differentiable by autograd."""
@@ -232,6 +236,55 @@ class Spectral(ABC):
     @abstractmethod
     def of_singular_values(self, s: Tensor) -> Tensor:
         """Returns E for singular values ``(*batch, r)`` in descending order, r = min(out, in); shape ``(*batch,)``."""
+
+
+class Evolving(ABC):
+    """A matrix energy that draws anew, or learns, at every step (projections, stale decompositions).
+
+    ``value`` and ``value_and_grad`` stay functions of the weight alone, for measuring; in training `step` is called
+    instead. What it keeps is a flat mapping of tensors per weight, so that it can be saved.
+    """
+
+    @abstractmethod
+    def remember(self, w: Tensor, probe: torch.Generator) -> dict[str, Tensor]:
+        """Returns what is kept of the weight ``w`` before the first step; shapes and names stay the same."""
+
+    @abstractmethod
+    def step(self, w: Tensor, memory: dict[str, Tensor], probe: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns ``(E, dE/dW)`` at one training step; may change the tensors of ``memory`` in place.
+
+        Args:
+            w: The weight, ``(*batch, out, in)``.
+            memory: What `remember` gave, and what the steps since made of it.
+            probe: Source of everything random in this step.
+        """
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What an energy of a weight can be at all, for its shape.
+
+    Attributes:
+        floor: A lower bound that holds for every weight of that shape.
+        random: Its expected value at random directions; ``None`` where it is not finite.
+        how: Where the floor comes from.
+    """
+
+    floor: float
+    random: float | None
+    how: str
+
+
+class Grounded(ABC):
+    """A matrix energy whose ground state, or a certified lower bound of it, is known for every shape."""
+
+    @abstractmethod
+    def ground(self, rows: int, columns: int) -> Ground:
+        """Returns the reference values for weights of a shape.
+
+        Raises:
+            UsageError: there is none for this shape.
+        """
 
 
 class Proximable(ABC):
