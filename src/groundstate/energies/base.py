@@ -165,7 +165,13 @@ class Estimate:
 
 
 class FunctionEnergy(Energy):
-    """Energy of the function x -> f(x); needs the batch and acts through ``Regularizer.loss(x, y)``."""
+    """Energy of the function x -> f(x); needs the batch and acts through ``Regularizer.loss(x, y)``.
+
+    Attributes:
+        least_outputs: Fewest outputs on which it is defined.
+    """
+
+    least_outputs: ClassVar[int] = 1
 
     @abstractmethod
     def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Tensor:

@@ -64,11 +64,11 @@ def gradient_matches_differences(energy: FunctionEnergy) -> None:
                     w.sub_(d, alpha=h)
             return found
 
-        slopes = [(at(h) - at(-h)) / (2 * h) for h in (1e-3, 1e-4, 1e-5)]
+        slopes = [(at(h) - at(-h)) / (2 * h) for h in (1e-3, 1e-4, 1e-5, 1e-6)]
         nearest = min(slopes, key=lambda s: abs(s - slope))
         bound = 1e-6 * (abs(slope) + float(value.detach()) + size(*(g for g in grads if g is not None)))
         what = f"{energy!r}: <gradient, D> against central differences"
-        expect_close(torch.tensor(slope), torch.tensor(nearest), bound, what)
+        expect_close(torch.tensor(slope, dtype=torch.float64), torch.tensor(nearest, dtype=torch.float64), bound, what)
 
 
 def homogeneous(energy: FunctionEnergy) -> None:
@@ -134,6 +134,8 @@ def works_in_every_mode(energy: FunctionEnergy) -> None:
 def estimates_are_plain(energy: FunctionEnergy) -> None:
     """``estimate`` gives a finite number of as many samples as there are, and no negative standard error."""
     for model, outputs in ((mlp(630), 3), (mlp(640, nn.ReLU, (5, 4, 1)), 1), (with_state(650), 3)):
+        if outputs < energy.least_outputs:
+            continue
         for count in (1, _BATCH):
             x, y = batch(660, count, outputs)
             found = energy.estimate(model, x, y, probe=generator())
@@ -147,6 +149,8 @@ def finite_at_degenerate_networks(energy: FunctionEnergy) -> None:
     """Value and gradient are finite for zero and dead networks, one sample, one output, and in single precision."""
     for dtype in (torch.float64, torch.float32):
         for name, model in _degenerate().items():
+            if name == "one output" and energy.least_outputs > 1:
+                continue
             model.to(dtype)
             for count in (1, 4):
                 x, y = batch(670, count, 1 if name == "one output" else _OUTPUTS)
