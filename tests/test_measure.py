@@ -305,7 +305,7 @@ def peak():
     line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
-measure({"w": torch.randn(64, 64)}, "all")
+measure({"w": torch.randn(200, 64)}, "all")  # loads scipy too, for the floors of hyperspherical energies
 warm, calls = peak(), []
 table = measure(sys.argv[1], "all", progress=lambda *a: calls.append(a))
 print(json.dumps({"warm": warm, "peak": peak(), "calls": len(calls), "counts": table.summary()}))
@@ -338,14 +338,14 @@ def measured(path: Path) -> dict[str, Any]:
 
 @linux
 def test_memory_of_a_file_is_that_of_a_few_tensors(tmp_path: Path) -> None:
-    count, largest = transformer_file(tmp_path / "model.safetensors", width=320, layers=4, vocabulary=2048)
+    count, largest = transformer_file(tmp_path / "model.safetensors", width=448, layers=6, vocabulary=2048)
     size = (tmp_path / "model.safetensors").stat().st_size
     found = measured(tmp_path / "model.safetensors")
     assert found["calls"] == found["counts"]["tensors"] == count
-    assert found["counts"]["analyzed"] == 24
-    # three times the largest tensor, and 8 MB for work space of the decomposition and the allocator's slack
-    assert found["peak"] - found["warm"] <= 3 * largest + 8e6
-    assert 3 * largest + 8e6 < size
+    assert found["counts"]["analyzed"] == 36
+    # three times the largest tensor, and 30 MB for work space of decompositions, blocks of cosines and linear programs
+    assert found["peak"] - found["warm"] <= 3 * largest + 30e6
+    assert 3 * largest + 30e6 < size
 
 
 @linux

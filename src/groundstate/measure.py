@@ -13,160 +13,29 @@ over it.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groundstate.blocks import as_matrix, by_neurons, skip_reason
-from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
+from groundstate.blocks import as_matrix, by_neurons, last_linear, skip_reason
+from groundstate.energies.base import Energy, FunctionEnergy, Grounded, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
 from groundstate.energies.registry import parse, registered
 from groundstate.errors import UsageError
-from groundstate.measure_function import FunctionTable, measure_function
+from groundstate.measure_function import measure_function
+from groundstate.measure_table import Row, Status, Table
 from groundstate.norms.spectral import singular_values
 from groundstate.tensors import NamedTensor, TensorList, natural_key, open_tensors
 
-Status = Literal["analyzed", "skipped", "alias", "non-finite"]
 Progress = Callable[[int, int, str], None]
 Energies = str | Energy | Term | Sum | Iterable[str | Energy | Term | Sum]
 
 MAX_GRAPH_NODES = 4096  # nodes of the smaller color class beyond which "all" leaves the graph energy out
-_FIGURES = ("rank", "effective_rank", "stable_rank", "sigma_max", "sigma_min")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor.
-
-    Attributes:
-        name: Its name; text from a file is untrusted.
-        shape: Its shape.
-        dtype: Its dtype, empty for what is not a tensor.
-        parameters: Its number of entries.
-        status: ``analyzed``; ``skipped`` (see ``reason``); ``alias`` of a tensor above it; ``non-finite``.
-        reason: Why it is not analyzed, empty where it is.
-        values: Energies by their spec.
-        alias_of: The tensor whose memory an alias shares.
-        matrices: How many matrices it is: 1, or the length of a stack.
-        rank: Numerical rank, summed over a stack.
-        effective_rank: exp of the entropy of the normalized singular values, averaged over a stack.
-        stable_rank: Squared Frobenius over squared spectral norm, averaged over a stack.
-        sigma_max: Largest singular value, of the whole stack.
-        sigma_min: Smallest singular value, of the whole stack.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    parameters: int
-    status: Status
-    reason: str = ""
-    values: dict[str, float] = field(default_factory=dict)
-    alias_of: str | None = None
-    matrices: int = 1
-    rank: int | None = None
-    effective_rank: float | None = None
-    stable_rank: float | None = None
-    sigma_max: float | None = None
-    sigma_min: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """What `measure` found.
-
-    Attributes:
-        rows: Every tensor, in the order of the model (of a file: by name, numbers as numbers).
-        totals: Energies of the whole network by their spec: sums over the analyzed rows, and network energies.
-        notes: What the reader should know: energies that are absent, and why.
-        evaluation: ``loss`` and ``accuracy`` on the data, where data was given.
-        function: What the network does to these data, where data was given.
-    """
-
-    rows: list[Row]
-    totals: dict[str, float]
-    notes: list[str] = field(default_factory=list)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    function: FunctionTable | None = None
-
-    @property
-    def parameters(self) -> int:
-        """The number of entries of all tensors, those with several names once."""
-        return sum(r.parameters for r in self.rows if r.status != "alias")
-
-    @property
-    def non_finite(self) -> list[str]:
-        """The names of the tensors that hold NaN, or weights that hold infinities."""
-        return [r.name for r in self.rows if r.status == "non-finite"]
-
-    def summary(self) -> dict[str, int]:
-        """Returns how many tensors have each status, and ``tensors``, how many there are."""
-        counts = Counter(r.status for r in self.rows)
-        known = {s: counts[s] for s in ("analyzed", "skipped", "alias", "non-finite")}
-        return {"tensors": len(self.rows), **known}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values; numbers that JSON cannot write (NaN, infinity) become strings."""
-        document = {
-            "schema": 1,
-            "counts": self.summary(),
-            "parameters": self.parameters,
-            "totals": self.totals,
-            "evaluation": self.evaluation,
-            "function": None if self.function is None else self.function.to_dict(),
-            "notes": self.notes,
-            "rows": [asdict(r) for r in self.rows],
-        }
-        return _plain(document)
-
-    def to_csv(self) -> str:
-        """Returns one line a tensor; text cells that a spreadsheet would run as a formula are made inert."""
-        energies = list(dict.fromkeys(k for r in self.rows for k in r.values))
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        head = [
-            "name",
-            "shape",
-            "dtype",
-            "parameters",
-            "status",
-            "reason",
-            "alias_of",
-            "matrices",
-            *_FIGURES,
-            *energies,
-        ]
-        writer.writerow([_text(h) for h in head])
-        for row in self.rows:
-            texts = (row.name, "x".join(map(str, row.shape)), row.dtype)
-            more = (row.status, row.reason, row.alias_of or "")
-            figures = [getattr(row, f) for f in _FIGURES] + [row.values.get(e) for e in energies]
-            cells = [*map(_text, texts), row.parameters, *map(_text, more), row.matrices]
-            writer.writerow(cells + ["" if f is None else f for f in figures])
-        return out.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _text(cell: str) -> str:
-    cell = cell.encode("utf-8", "backslashreplace").decode("utf-8")
-    cell = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: f"\\x{ord(m[0]):02x}", cell)
-    return f"'{cell}" if cell.lstrip().startswith(("=", "+", "-", "@")) else cell
 
 
 def measure(
@@ -213,18 +82,24 @@ def measure(
     of_function = [e for e in wanted.values() if isinstance(e, FunctionEnergy)]
     evaluation = {} if data is None else _evaluate(tensors.model, *data)
     rows: list[Row] = []
+    everything = isinstance(energies, str) and energies.strip() == "all"
+    output = None if tensors.model is None else last_linear(tensors.model)
     with torch.no_grad():
         for done, entry in enumerate(tensors.entries, 1):
-            rows.append(_row(entry, matrix))
+            rows.append(_row(entry, matrix, entry.name == output, everything))
             if progress is not None:
                 progress(done, len(tensors.entries), entry.name)
         totals = _totals(rows, matrix)
         notes = list(tensors.notes)
+        for key in matrix:
+            if left := [r.name for r in rows if r.status == "analyzed" and key not in r.values]:
+                shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+                notes.append(f"{key}: too few neurons, or so many that it must be asked for by name, at {shown}")
         broken = [r.name for r in rows if r.status == "non-finite"]
         if broken:
             notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
         if network:
-            found, absent = _network(tensors, rows, network, limit=MAX_GRAPH_NODES if energies == "all" else None)
+            found, absent = _network(tensors, rows, network, limit=MAX_GRAPH_NODES if everything else None)
             if not found and not matrix and not of_function:
                 raise UsageError(absent[0])
             totals |= found
@@ -251,7 +126,7 @@ def _energies(energies: Energies, with_data: bool) -> dict[str, Energy]:
     return {repr(e): e for e in chosen}
 
 
-def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy]) -> Row:
+def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool, quick: bool) -> Row:
     count = math.prod(entry.shape) if entry.dtype else 0
 
     def row(status: Status, reason: str = "") -> Row:
@@ -272,15 +147,36 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy]) -> Row:
         return row("skipped", reason)
     matrices = _matrices(entry, tensor)
     spectra = singular_values(matrices).double()
-    values = {}
-    for key, energy in energies.items():
+    values, grounds = {}, {}
+    for key, asked in energies.items():
+        energy = asked.at_output() if output else asked
         seen = matrices if energy.view == "matrix" else by_neurons(matrices, entry.module)
-        if all(n >= least for n, least in zip(seen.shape[-2:], energy.smallest)):
+        slow = quick and energy.quick_rows is not None and seen.shape[-2] > energy.quick_rows
+        if not slow and all(n >= least for n, least in zip(seen.shape[-2:], energy.smallest)):
             value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(seen)
             values[key] = float(value.double().sum())
+            if isinstance(energy, Grounded) and seen.ndim == 2:
+                found = _against_ground(energy, values[key], seen)
+                grounds |= {key: found} if found else {}
     figures = _figures(spectra, max(matrices.shape[-2:]), matrices.dtype)
     stack = len(matrices) if matrices.ndim == 3 else 1
-    return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", values=values, matrices=stack, **figures)
+    return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", "", values, grounds, matrices=stack, **figures)
+
+
+def _against_ground(energy: Grounded, value: float, w: Tensor) -> dict[str, float | None]:
+    """Returns where a value lies between random directions and the floor; nothing where no floor is known."""
+    rows = int((w != 0).any(-1).sum())  # neurons that are zero take no part
+    try:
+        ground = energy.ground(rows, w.shape[-1])
+    except UsageError:
+        return {}
+    apart = None if ground.random is None else ground.random - ground.floor
+    return {
+        "floor": ground.floor,
+        "random": ground.random,
+        "gap": (value - ground.floor) / abs(ground.floor) if ground.floor else None,
+        "uniformity": None if apart is None or ground.random is None else (ground.random - value) / apart,
+    }
 
 
 def _non_finite(tensor: Tensor) -> tuple[int, int]:

@@ -97,10 +97,12 @@ class MatrixEnergy(Energy):
         view: How it sees a weight: ``matrix``, or ``neurons``, where each group of a grouped convolution is a matrix of
             its own; its energies are summed.
         smallest: Fewest rows and columns on which it is defined; smaller weights are left out.
+        quick_rows: Rows beyond which it is slow or large, so that measuring everything leaves it out.
     """
 
     view: ClassVar[Literal["matrix", "neurons"]] = "matrix"
     smallest: ClassVar[tuple[int, int]] = (0, 0)
+    quick_rows: ClassVar[int | None] = None
 
     def at_output(self) -> MatrixEnergy:
         """Returns the energy that takes its place at the last linear layer of a network; by default itself."""
