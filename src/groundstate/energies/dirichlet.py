@@ -88,10 +88,10 @@ class Dirichlet(JacobianEnergy):
             if min(plan.outputs, points[0].numel()) <= MAX_OUTPUTS:
                 return super().estimate(f, x, y, probe=probe)
             kind = probing.usable(run, points, False) if self.estimator in ("auto", "exact") else self.estimator
-            values = probing.squared_norms(
-                run, points, generator=probe, estimator=kind, probes=8, sigma=self.sigma
-            ).detach()
-        return Estimate.of(values, f"8 {kind} probes")
+            options: dict[str, Any] = {"generator": probe, "estimator": kind, "probes": 8, "sigma": self.sigma}
+            parts = torch.arange(len(points), device=points.device).split(256)
+            values = [probing.squared_norms(run.rows(i), points[i], **options).detach() for i in parts]
+        return Estimate.of(torch.cat(values), f"8 {kind} probes")
 
     def _in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
         if self.estimator == "exact":

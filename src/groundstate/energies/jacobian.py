@@ -13,6 +13,7 @@ form of data-dependent operator norm regularization" (2020).
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -69,16 +70,17 @@ class JacobianEnergy(FunctionEnergy, Spectral):
             NonFiniteError: names the first tensor that is not finite.
         """
         x, y = self._part(x, y, probe)
+        mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         with function(f, x, y, on=self.on, wrt=self.wrt) as (run, points):
             try:
                 value = self._in_training(run, points, probe).mean()
             except NonFiniteError:
                 raise blame(f, x, repr(self)) from None
-            if not bool(torch.isfinite(value)):
+            if not math.isfinite(value.detach().item()):
                 raise blame(f, x, repr(self))
-            # a closed form runs no module in backward, so it may wait for that of the loss
+            # a closed form runs no module in backward, so it may wait for that of the loss, if that is as precise
             closed = run.module is not None and plan_for(run, points).chain is not None
-            return value if closed and run.grad_wanted else run.settle(value)
+            return value if closed and run.grad_wanted and not mixed else run.settle(value)
 
     def estimate(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Estimate:
         """Measures the energy exactly on every sample; the standard error is that of sampling.
@@ -98,7 +100,7 @@ class JacobianEnergy(FunctionEnergy, Spectral):
         if self.samples is None or not isinstance(x, Tensor) or x.ndim == 0 or self.samples >= len(x):
             return x, y
         index = torch.randperm(len(x), generator=probe)[: self.samples].to(x.device)
-        return x[index], None if y is None else y[index.to(y.device)]
+        return x.index_select(0, index), None if y is None else y[index.to(y.device)]
 
 
 def spectra(run: Function, points: Tensor, route: str, f: Any) -> tuple[Tensor, str]:

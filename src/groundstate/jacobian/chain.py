@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from groundstate.errors import UsageError
 from groundstate.jacobian.function import Function
 from groundstate.layers import Step, chain_steps
+from groundstate.norms.spectral import working_dtype
 
 _PIECEWISE = (
     nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.Softshrink, nn.Hardshrink, nn.Identity, nn.Dropout,
@@ -133,6 +135,9 @@ def gram(chain: Chain, slopes: list[Tensor | None], rows: Tensor | None = None) 
     same Jacobian, and B is 1.
     """
     weights = [m.weight for m in chain.linear]
+    if (dtype := working_dtype(weights[0].dtype)) != weights[0].dtype:
+        weights, slopes = [w.to(dtype) for w in weights], [None if s is None else s.to(dtype) for s in slopes]
+        rows = None if rows is None else rows.to(dtype)
     *inner, last = slopes
     scale = None
     if last is not None and rows is not None:
@@ -188,7 +193,8 @@ class _Gram(torch.autograd.Function):
         return m
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         weights, kept, slopes = ctx.saved_tensors, ctx.kept, ctx.slopes
         s = outputs[0] + outputs[0].mT
         grads: list[Tensor | None] = [None] * len(weights)

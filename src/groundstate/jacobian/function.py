@@ -14,12 +14,16 @@ Which function: ``on`` names the output, ``wrt`` the input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import math
+import sys
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from groundstate.errors import NonFiniteError, UsageError, nearest
@@ -33,21 +37,34 @@ class Function:
 
     Attributes:
         module: The network itself, without wrappers; ``None`` for a callable that is no module.
+        modules: It and all modules in it.
+        dtype: Of its first real parameter, ``None`` without any.
         grad_wanted: Whether the caller records gradients and some parameter asks for one.
+        memo: The plan that `plan_for` found last, with the kind of points it is for.
     """
 
     def __init__(
-        self, f: Callable[[Tensor], Any], on: str, y: Tensor | None, grad: bool, parameters: list[nn.Parameter]
+        self,
+        f: Callable[[Tensor], Any],
+        on: str,
+        y: Tensor | None,
+        grad: bool,
+        parameters: list[nn.Parameter],
+        modules: list[nn.Module] | None = None,
     ) -> None:
         self.f, self.on, self.y = f, on, y
         self.module = f if isinstance(f, nn.Module) else None
+        self.modules = [] if modules is None else modules
+        self.dtype: torch.dtype | None = None
         self.parameters = parameters
         self.grad_wanted = grad and (bool(parameters) or self.module is None)
         self.start: tuple[str, Tensor] | None = None
+        self.memo: tuple[Hashable, Any] | None = None
         self._logits = on in OUTPUTS or on.startswith("output:")
 
     def __call__(self, points: Tensor) -> Tensor:
-        out = self._evaluate(points)
+        # a copy: what works in place must neither hit a leaf of autograd nor the tensor of the caller
+        out = self._evaluate(points.clone() if points.is_leaf else points)
         if not isinstance(out, Tensor):
             raise UsageError(
                 f"the output is a {type(out).__name__}, expected one tensor (batch, ...): choose with "
@@ -63,7 +80,31 @@ class Function:
             raise UsageError(f"the output is {out.dtype}, expected floating point: choose a layer before it by on=")
         if self.on == "probabilities":
             return out.softmax(-1)
-        return self._losses(out) if self.on == "loss" else out
+        if self.on == "loss":
+            return functional.cross_entropy(out, self.targets(out), reduction="none")[:, None]
+        return out
+
+    def targets(self, logits: Tensor) -> Tensor:
+        """Returns the labels as probabilities, shape and dtype of ``logits`` ``(B, C)``.
+
+        Raises:
+            UsageError: there are no labels, or they are neither classes ``(B,)`` nor probabilities ``(B, C)``.
+        """
+        y, classes = self.y, logits.shape[1]
+        if y is None:
+            raise UsageError("on='loss' needs the labels: give y")
+        if y.is_floating_point() and y.shape == logits.shape:
+            return y.to(logits.dtype)
+        if y.is_floating_point() or y.is_complex() or y.ndim != 1:
+            raise UsageError(
+                f"on='loss' takes whole numbers (batch,) or probabilities (batch, {classes}) as y, got {y.dtype} of "
+                f"shape {tuple(y.shape)}"
+            )
+        if int(y.min()) < 0 or int(y.max()) >= classes:
+            raise UsageError(
+                f"the labels y go from {int(y.min())} to {int(y.max())}, the outputs are {classes} classes"
+            )
+        return functional.one_hot(y.long(), classes).to(logits.dtype)
 
     def settle(self, value: Tensor) -> Tensor:
         """Returns ``value`` with its gradient by the parameters computed now, while the network is frozen.
@@ -80,7 +121,8 @@ class Function:
 
     def rows(self, index: Tensor) -> Function:
         """Returns this function for a part of the samples: their labels, and their inputs behind ``wrt``."""
-        part = Function(self.f, self.on, None if self.y is None else self.y[index], self.grad_wanted, self.parameters)
+        part = copy.copy(self)
+        part.y = None if self.y is None else self.y[index]
         part.start = None if self.start is None else (self.start[0], self.start[1][index])
         return part
 
@@ -93,15 +135,11 @@ class Function:
             with ExitStack() as hooks:
                 if self.start is not None:
                     name, x = self.start
+                    x = x.clone()  # what is before the layer may work in place
                     handle = layer(module, name).register_forward_hook(lambda *_: points)
                     hooks.callback(handle.remove)
                 out = self.f(x) if self._logits else output_of(module, self.on, x)
         return _item(out, self.on.removeprefix("output:")) if self.on.startswith("output:") else out
-
-    def _losses(self, logits: Tensor) -> Tensor:
-        if self.y is None:
-            raise UsageError("on='loss' needs the labels: give y")
-        return functional.cross_entropy(logits, self.y, reduction="none")[:, None]
 
 
 @contextmanager
@@ -132,13 +170,16 @@ def frozen(f: Callable[[Tensor], Any], *, on: str = "logits", y: Tensor | None =
     if named and isinstance(f, nn.Module):
         layer(f, on)
     parameters = list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+    _check_usable(modules, parameters)
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         _choose_kernels(stack, modules, parameters)
         stack.callback(_remember(modules, parameters))
         with torch.enable_grad():
-            yield Function(f, on, y, grad, [p for p in parameters if p.requires_grad])
+            run = Function(f, on, y, grad, [p for p in parameters if p.requires_grad], modules)
+            run.dtype = next((p.dtype for p in parameters if p.is_floating_point()), None)
+            yield run
 
 
 @contextmanager
@@ -155,13 +196,15 @@ def function(
     """
     with frozen(f, on=on, y=y) as run:
         x = _inputs(run, x, wrt)
+        if y is not None and (not isinstance(y, Tensor) or y.ndim == 0):
+            raise UsageError(f"y must be a tensor (batch, ...), got {type(y).__name__}")
         if y is not None and len(y) != len(x):
             raise UsageError(f"x has {len(x)} samples and y {len(y)}: expected as many")
         if wrt != "input":
             if run.module is None:
                 raise UsageError(f"wrt={wrt!r} names a layer, but f is a {type(f).__name__}, not a module")
             with torch.no_grad():
-                points = output_of(run.module, wrt, x)
+                points = output_of(run.module, wrt, x.clone())
             if not isinstance(points, Tensor) or not points.is_floating_point() or len(points) != len(x):
                 raise UsageError(f"the layer {wrt!r} does not give one real tensor (batch, ...): choose another one")
             run.start, x = (wrt, x), points.detach()
@@ -181,7 +224,8 @@ class _Supplied(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return (None, None, *[outputs[0].to(g.dtype) * g for g in ctx.saved_tensors])
 
 
@@ -253,10 +297,9 @@ def _inputs(run: Function, x: Tensor, wrt: str) -> Tensor:
             )
         return x.detach()
     # a ReLU turns NaN into a slope of zero: what follows would look sound
-    if not bool(torch.isfinite(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
+    if not math.isfinite(x.detach().sum().item()) and not bool(torch.isfinite(x.detach()).all()):
         raise NonFiniteError("the input x has NaN or infinite entries: remove those samples")
-    first = next((p for p in run.module.parameters() if p.is_floating_point()), None) if run.module else None
-    points = x.detach() if first is None else x.detach().to(first.dtype)
+    points = x.detach() if run.dtype is None else x.detach().to(run.dtype)
     return points.clone() if points.is_inference() else points
 
 
@@ -270,16 +313,16 @@ def _item(out: Any, key: str) -> Any:
 
 def _choose_kernels(stack: ExitStack, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
     """Autocast off, eager code, and kernels that have a second derivative."""
-    devices = {p.device.type for p in parameters} or {"cpu"}
+    devices = {p.device.type for p in parameters} or {"cpu", "cuda"}
     for device in devices:
         if device != "meta" and torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
-    if all(type(m) in _PLAIN and not _compiled(m) for m in modules):
+    if modules and all(type(m) in _PLAIN and not _compiled(m) for m in modules):
         return  # nothing that needs another kernel: saves some 20 microseconds a call
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    if any(_compiled(m) for m in modules):
+    if "torch._dynamo" in sys.modules:  # nothing is compiled yet where it is not loaded
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     if "cuda" in devices and any(isinstance(m, nn.RNNBase) for m in modules):
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -296,6 +339,18 @@ def _compiled(m: nn.Module) -> bool:
     return known.get("_compiled_call_impl") is not None or "_orig_mod" in known.get("_modules", ())
 
 
+def _check_usable(modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    for tensor in (*parameters, *buffers):
+        if nn.parameter.is_lazy(tensor):
+            raise UsageError("the network has lazy layers without a shape: run one batch through it first")
+        if tensor.is_inference():
+            raise UsageError(
+                "the network was made in inference mode, so nothing can be differentiated through it: make or load it "
+                "outside torch.inference_mode()"
+            )
+
+
 def _remember(modules: list[nn.Module], parameters: list[nn.Parameter]) -> Callable[[], None]:
     """Sets eval mode and returns what brings back modes, buffers and random states."""
     training = [m for m in modules if m.training]
@@ -309,20 +364,27 @@ def _remember(modules: list[nn.Module], parameters: list[nn.Parameter]) -> Calla
     device = next((p.device for p in parameters if p.is_cuda), None)
     device_state = None if device is None else torch.cuda.get_rng_state(device)
     for m in training:
-        m.__dict__["training"] = False  # what nn.Module.__setattr__ ends in, ten times as fast
+        _set_mode(m, False)
 
     def restore() -> None:
         for m in training:
-            m.__dict__["training"] = True
-        for home, name, buffer, copy, version in buffers:
+            _set_mode(m, True)
+        for home, name, buffer, kept, version in buffers:
             home[name] = buffer
             # a batch normalization in train mode writes without counting a version
-            if buffer._version != version or not torch.equal(buffer, copy):
+            if buffer._version != version or not torch.equal(buffer, kept):
                 with torch.no_grad():
-                    buffer.copy_(copy)
+                    buffer.copy_(kept)
         if not torch.equal(state, torch.get_rng_state()):
             torch.set_rng_state(state)
         if device is not None and device_state is not None:
             torch.cuda.set_rng_state(device_state, device)
 
     return restore
+
+
+def _set_mode(m: nn.Module, training: bool) -> None:
+    if "training" in m.__dict__:
+        m.__dict__["training"] = training  # what nn.Module.__setattr__ ends in, ten times as fast
+    else:
+        m.training = training  # a scripted module keeps it elsewhere

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from groundstate.errors import UsageError
-from groundstate.jacobian.chain import Chain, chain_of, output_and_slopes
+from groundstate.jacobian.chain import Chain, chain_of, gram, output_and_slopes
 from groundstate.jacobian.function import Function, blame
 
 
@@ -38,7 +38,7 @@ class Plan:
     why_no_chain: str
     routes: dict[bool, tuple[str, str]] = field(default_factory=dict)
     facts: dict[str, object] = field(default_factory=dict)
-    modules: list[nn.Module] = field(default_factory=list)
+    modules: list[weakref.ref[nn.Module]] = field(default_factory=list)
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Plan]] = weakref.WeakKeyDictionary()
@@ -50,16 +50,24 @@ def plan_for(run: Function, points: Tensor) -> Plan:
     Raises:
         UsageError: samples influence one another, or the network cannot be called on these points.
     """
+    kind = (points.shape[1:], points.dtype, len(points) > 1)
+    if run.memo is None or run.memo[0] != kind:
+        run.memo = kind, _found(run, points)
+    return run.memo[1]
+
+
+def _found(run: Function, points: Tensor) -> Plan:
     if run.module is None or isinstance(run.module, nn.Linear):  # its chain would keep the module alive
         return _made(run, points)
     start = None if run.start is None else run.start[0]
-    key = (run.on, start, points.shape[1:], points.dtype, points.device)
-    below = [m for m in run.module.modules() if m is not run.module]
+    modules = run.modules
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    key = (run.on, start, points.shape[1:], points.dtype, points.device, len(points) > 1, hooked)
     known = _plans.setdefault(run.module, {})
     plan = known.get(key)
-    if plan is None or len(plan.modules) != len(below) or any(a is not b for a, b in zip(plan.modules, below)):
+    if plan is None or len(plan.modules) != len(modules) or any(a() is not b for a, b in zip(plan.modules, modules)):
         plan = known[key] = _made(run, points)
-        plan.modules = below
+        plan.modules = [weakref.ref(m) for m in modules]
     return plan
 
 
@@ -71,13 +79,13 @@ def _made(run: Function, points: Tensor) -> Plan:
         if not math.isfinite(scale):
             raise blame(run.f, points, "the output of the network")
         if len(index) == 2:
-            alone = run.rows(index[:1])(points[:1])
+            try:
+                alone = run.rows(index[:1])(points[index[:1]])
+            except (ValueError, RuntimeError) as error:
+                raise UsageError(f"{_COUPLED} (one sample alone: {error})") from error
             rounding = 1e3 * torch.finfo(out.dtype).eps * scale
             if float((alone[0] - out[0]).abs().max()) > rounding:
-                raise UsageError(
-                    "the output of a sample depends on the other samples of its batch (a normalization without running "
-                    "statistics?): no energy per sample exists; use running statistics or another normalization"
-                )
+                raise UsageError(_COUPLED)
     chain, why = None, ""
     try:
         chain = chain_of(run)
@@ -87,14 +95,35 @@ def _made(run: Function, points: Tensor) -> Plan:
     return Plan(out.shape[1], chain, why)
 
 
+_COUPLED = (
+    "the output of a sample depends on the other samples of its batch (a normalization without running statistics?) or "
+    "is random in eval mode: no energy per sample exists; use running statistics or another normalization"
+)
+
+
 def _compare(run: Function, chain: Chain, points: Tensor, index: Tensor) -> None:
-    """Refuses a chain that does not compute what the network computes."""
+    """Refuses a chain that does not compute what the network computes, or has another derivative."""
     part = run.rows(index)
     if run.on in ("probabilities", "loss"):
         part.on = "logits"
+    leaf = points.detach().requires_grad_()
+    expected = part(leaf)
+    u = torch.linspace(1, 2, expected.shape[1]).to(expected).expand_as(expected)
+    row = torch.autograd.grad(expected, leaf, u, allow_unused=True)[0] if expected.requires_grad else None
+    if row is None:
+        raise UsageError("the network detaches its output from its input")
     with torch.no_grad():
-        expected = part(points)
-        found = output_and_slopes(chain, points, False)[0].flatten(1)
-        error = float((expected - found).abs().max()) if expected.shape == found.shape else torch.inf
-        if not error <= 1e3 * torch.finfo(found.dtype).eps * max(1.0, float(expected.abs().max())):
-            raise UsageError("the network does more than its chain of layers")
+        try:
+            out, slopes = output_and_slopes(chain, points, False)
+        except (RuntimeError, IndexError) as error:
+            raise UsageError(f"the layers of the network do not follow one another: {error}") from None
+        length = gram(chain, slopes, u[:, None, :])[:, 0, 0].expand(len(points))
+    if not (_alike(expected, out.flatten(1)) and _alike(row.reshape(len(row), -1).square().sum(1), length)):
+        raise UsageError("the network does more than its chain of layers, or has derivatives of its own")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max()) <= 1e3 * torch.finfo(a.dtype).eps * max(1.0, float(a.abs().max()))

@@ -28,6 +28,7 @@ from groundstate.errors import UsageError
 from groundstate.jacobian import exact
 from groundstate.jacobian.function import Function
 from groundstate.jacobian.plan import plan_for
+from groundstate.norms.spectral import working_dtype
 
 ESTIMATORS = ("auto", "vjp", "jvp", "fd")
 
@@ -59,7 +60,10 @@ def squared_norms(
     kind = usable(run, points, differentiable) if estimator == "auto" else estimator
     if kind == "vjp":
         return _by_vjp(run, points, generator, probes, differentiable)
-    total = torch.zeros((), dtype=points.dtype, device=points.device)
+    if kind == "jvp" and differentiable:
+        exact.check_forward_mode(run, points)
+    dtype = working_dtype(points.dtype)
+    total = torch.zeros((), dtype=dtype, device=points.device)
     scale = sigma * float(points.square().mean().sqrt()) if kind == "fd" else 0.0
     if kind == "fd" and not scale > 0:
         raise UsageError("finite differences need points that are not all zero, to scale their step")
@@ -68,7 +72,7 @@ def squared_norms(
         for _ in range(probes):
             v = torch.randn(points.shape, generator=generator, dtype=points.dtype).to(points.device)
             moved = exact.jvp(run, points, v)[1] if here is None else (run(points + scale * v) - here) / scale
-            total = total + moved.square().sum(-1)
+            total = total + moved.to(dtype).square().sum(-1)
     if here is not None:
         _warn_of_rounding(here.detach(), total.detach() / probes, scale)
     return total / probes
@@ -87,7 +91,7 @@ def usable(run: Function, points: Tensor, differentiable: bool) -> str:
 
 def _first_that_works(run: Function, points: Tensor, differentiable: bool) -> str:
     one, part = points[:1], run.rows(torch.zeros(1, dtype=torch.long, device=points.device))
-    reasons = []
+    reasons: dict[str, str] = {}
     for kind in ("vjp", "jvp"):
         generator = torch.Generator().manual_seed(0)
         try:
@@ -95,13 +99,9 @@ def _first_that_works(run: Function, points: Tensor, differentiable: bool) -> st
             if differentiable and value.requires_grad and run.parameters:
                 torch.autograd.grad(value, run.parameters, allow_unused=True)
             return kind
-        except (RuntimeError, NotImplementedError, UsageError) as error:
-            reasons.append(f"{kind}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
-    warnings.warn(
-        f"this network has no derivative of the order needed ({'; '.join(reasons)}): finite differences are used; for "
-        "a network with kinks (ReLU, max pooling) their gradient is noisy, like 1/sigma",
-        stacklevel=5,
-    )
+        except (RuntimeError, NotImplementedError) as error:
+            reasons[kind] = exact.first_line(error)
+    exact.warn_of_differences(reasons)
     return "fd"
 
 
@@ -118,28 +118,21 @@ def _by_vjp(run: Function, points: Tensor, generator: torch.Generator, probes: i
     plan = plan_for(run, points)
     outputs = plan.outputs
     probes = min(probes, outputs)
-    dtype = points.dtype if points.dtype in (torch.float32, torch.float64) else torch.float32
-    u = sphere(len(points), outputs, probes, generator, dtype).to(points.device, points.dtype)
+    dtype = working_dtype(points.dtype)
+    u = sphere(len(points), outputs, probes, generator, dtype).to(points.device)
     if plan.chain is not None:
         m = exact.closed_form(run, points, plan, differentiable, u)
         traces = m.diagonal(dim1=-2, dim2=-1).sum(-1)
         return outputs / probes * traces
     points = points.detach().requires_grad_()
-    out = exact.connected(run(points))
-    total = torch.zeros((), dtype=points.dtype, device=points.device)
+    out = run(points)
+    total = torch.zeros((), dtype=dtype, device=points.device)
     for k in range(probes):
-        last = k == probes - 1
-        (g,) = torch.autograd.grad(
-            out,
-            points,
-            u[:, k],
-            create_graph=differentiable,
-            retain_graph=differentiable or not last,
-            allow_unused=True,
-        )
-        if g is not None:
-            total = total + g.flatten(1).square().sum(-1)
-    return (outputs / probes * total).expand(len(points))
+        row = exact.pulled_back(out, points, u[:, k].to(out.dtype), differentiable, differentiable or k < probes - 1)
+        if differentiable and k == 0:
+            exact.check_second_derivative(run, points, row)
+        total = total + row.reshape(len(row), -1).to(dtype).square().sum(-1)
+    return outputs / probes * total
 
 
 def _warn_of_rounding(f: Tensor, squared: Tensor, scale: float) -> None:

@@ -8,16 +8,19 @@ This gives ||J||_F^2 = tr M, ||J||_* = sum s_i, ||J||_2 = s_1, the stable rank t
 ||J||_*^2 / tr M of one decomposition of size C, however large n is. Autograd through the singular values of J returns a
 subgradient that is not of minimal norm where J lacks rank; here directions with s_i below `tolerance` get none.
 
-The price of the Gram: singular values below about sqrt(eps) of the largest drown in rounding (3e-4 in float32).
+The price of the Gram: singular values below about sqrt(eps) of the largest drown in rounding (3e-4 in float32), and
+squares must be representable: in float32 a J above 1e19 is reported as overflow, one below 1e-22 counts as zero.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from groundstate.errors import NonFiniteError, UsageError
 
@@ -86,7 +89,7 @@ def _checked(m: Tensor) -> Tensor:
     if m.ndim < 2 or m.shape[-1] != m.shape[-2]:
         raise UsageError(f"a Gram is (*batch, C, C), got {tuple(m.shape)}")
     m = m if m.dtype in (torch.float32, torch.float64) else m.float()
-    if not bool(torch.isfinite(m.sum())) and not bool(torch.isfinite(m).all()):
+    if not math.isfinite(m.detach().sum().item()) and not bool(torch.isfinite(m).all()):
         raise NonFiniteError("the Gram of the Jacobian has NaN or infinite entries")
     return m
 
@@ -113,6 +116,7 @@ class _Energy(torch.autograd.Function):
         return e.detach()
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = ctx.saved_tensors
         return outputs[0][..., None, None].to(grad.dtype) * grad, None

@@ -1,0 +1,385 @@
+"""Energies of the function in the settings that real training brings: modes, precision, wrappers, misuse."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from groundstate import Regularizer
+from groundstate.energies.dirichlet import Dirichlet
+from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius, JacobianSpectral
+from groundstate.energies.jacobian_nuclear import JacobianNuclear
+from groundstate.errors import NonFiniteError, UsageError
+
+F64 = torch.float64
+M = TypeVar("M", bound=nn.Module)
+EXACT = Dirichlet(estimator="exact", samples=None)
+PROBED = Dirichlet(samples=None)
+ALL = (PROBED, EXACT, JacobianFrobenius(samples=None), JacobianSpectral(samples=None), JacobianNuclear(samples=None))
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(*shape, generator=gen(seed), dtype=F64).to(dtype)
+
+
+def filled(model: M, seed: int = 0, dtype: torch.dtype = F64) -> M:
+    g = gen(seed)
+    with torch.no_grad():
+        for p in model.to(dtype).parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=F64) * (1.5 / (p[0].numel() if p.ndim > 1 else 4)) ** 0.5)
+    return model
+
+
+def mlp(dtype: torch.dtype = F64, seed: int = 1) -> nn.Sequential:
+    return filled(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), seed, dtype)
+
+
+def value_and_gradient(energy: JacobianEnergy, f: Any, x: Tensor, parameters: Any = None) -> tuple[float, Tensor]:
+    parameters = list(f.parameters() if parameters is None else parameters)
+    value = energy.value(f, x, probe=gen(5))
+    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+    return float(value.detach()), torch.cat([g.flatten() for g in flat]).double()
+
+
+def same(energy: JacobianEnergy, f: Any, g: Any, x: Tensor, parameters: Any = None, rel: float = 1e-10) -> None:
+    """Both functions, of the same parameters in the same order, have the same energy and gradient, up to rounding."""
+    a, slope_a = value_and_gradient(energy, f, x, parameters)
+    b, slope_b = value_and_gradient(energy, g, x, parameters)
+    assert a == pytest.approx(b, rel=rel), energy
+    assert a > 0
+    assert float((slope_a - slope_b).norm()) <= 10 * rel * float(slope_b.norm()), energy
+
+
+# ---------------------------------------------------------------------- modes and randomness
+
+
+def with_state() -> nn.Sequential:
+    first = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    model = filled(first, 2)
+    model[1].running_mean.copy_(randn(8, seed=3))
+    return model.train()
+
+
+@pytest.mark.parametrize("energy", ALL, ids=repr)
+def test_training_mode_counts_as_evaluation_and_comes_back(energy: JacobianEnergy) -> None:
+    model, x = with_state(), randn(7, 5, seed=4)
+    model[3].eval()  # a mixture of modes
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    before = torch.get_rng_state()
+    same(energy, model, copy.deepcopy(model).eval(), x, rel=1e-12)
+    energy.estimate(model, x, probe=gen())
+    assert torch.equal(before, torch.get_rng_state())
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+class Broken(nn.Module):
+    """Draws, writes into a buffer, and raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 3)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(1)
+        self.count = self.count + 1
+        self.get_buffer("count").add_(1)
+        raise RuntimeError("no luck")
+
+
+def test_an_exception_in_the_forward_pass_restores_everything() -> None:
+    model, x = Broken().train(), randn(4, 5)
+    buffer, before = model.count, torch.get_rng_state()
+    for energy in ALL:
+        with pytest.raises(RuntimeError, match="no luck"):
+            energy.value(model, x, probe=gen())
+    assert model.training
+    assert model.body.training
+    assert model.count is buffer
+    assert float(buffer) == 0
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+class Coupled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + x.mean(0).sum()
+
+
+def random_forward(x: Tensor) -> Tensor:
+    return x * torch.rand_like(x)
+
+
+@pytest.mark.parametrize("energy", ALL, ids=repr)
+def test_samples_that_influence_one_another_are_refused(energy: JacobianEnergy) -> None:
+    without = filled(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)))
+    coupled, x = filled(Coupled()), randn(6, 5)
+    assert float(energy.value(coupled, x[:1], probe=gen()).detach()) > 0  # one sample alone is no matter
+    for f in (without, coupled, random_forward):
+        with pytest.raises(UsageError, match="depends on the other samples"):
+            energy.value(f, x, probe=gen())
+
+
+# ---------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("energy", ALL, ids=repr)
+def test_autocast_outside_changes_nothing(energy: JacobianEnergy) -> None:
+    conv = filled(nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(12, 3)))
+    for model in (mlp(torch.float32), conv.float()):
+        x = randn(6, 5, dtype=torch.float32)
+        expected = value_and_gradient(energy, model, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = value_and_gradient(energy, model, x)
+            by_function = energy.value(lambda x, model=model: model(x), x, probe=gen(5))
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)  # float32; bfloat16 would be off by 1e-2
+        assert float(by_function.detach()) == pytest.approx(expected[0], rel=1e-5)
+        assert float((found[1] - expected[1]).norm()) <= 1e-4 * float(expected[1].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("energy", ALL, ids=repr)
+def test_half_precision_networks_are_summed_in_single(energy: JacobianEnergy, dtype: torch.dtype) -> None:
+    energy = Dirichlet(samples=None, probes=3) if energy is PROBED else energy  # all directions: nothing random
+    x = randn(6, 5)
+    for tail in ((), (nn.Unflatten(1, (3, 1)),)):  # in closed form, and not
+        half = nn.Sequential(mlp(dtype), *tail)
+        single = nn.Sequential(mlp(dtype).double(), *tail)  # the same, rounded weights
+        value, slope = value_and_gradient(energy, half, x)
+        expected, slopes = value_and_gradient(energy, single, x.to(dtype))
+        assert energy.value(half, x, probe=gen()).dtype == torch.float32
+        # activations are rounded to 8 and 11 bits, a few times one after the other
+        assert value == pytest.approx(expected, rel=20 * torch.finfo(dtype).eps)
+        assert float((slope - slopes).norm()) <= 40 * torch.finfo(dtype).eps * float(slopes.norm())
+    large = filled(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), 3, dtype)
+    with torch.no_grad():
+        for p in large.parameters():
+            p.mul_(100)
+    for f in (large, nn.Sequential(large, nn.Unflatten(1, (3, 1)))):
+        found = float(energy.value(f, x / 100, probe=gen()).detach())
+        assert found > 1e3  # the squares that it is made of exceed the largest float16
+
+
+def test_grad_scaler_and_accumulation() -> None:
+    model, x = mlp(torch.float32), randn(8, 5, dtype=torch.float32)
+    y = torch.arange(8) % 3
+    energy = 0.1 * EXACT
+
+    def gradient(scale: bool, parts: int) -> Tensor:
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        reg = Regularizer(model, energy).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", enabled=scale, init_scale=2.0**10)
+        optimizer.zero_grad()
+        for some, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=False):
+                loss = functional.cross_entropy(model(some), labels)
+            scaler.scale((loss + reg.loss(some, labels)) / parts).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        reg.detach()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    plain = gradient(False, 1)
+    for scale, parts in ((True, 1), (False, 4), (True, 4)):
+        found = gradient(scale, parts)
+        assert float((found - plain).norm()) <= 1e-5 * float(plain.norm())  # sums of float32 in another order
+
+
+def test_every_fourth_step_is_four_times_as_strong() -> None:
+    model, x = mlp(), randn(6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    reg = Regularizer(model, 0.5 * EXACT, every=4).attach(optimizer)
+    found = []
+    for _ in range(8):
+        loss = reg.loss(x)
+        found.append(float(loss.detach()))
+        (loss + 0 * model(x).sum()).backward()
+        optimizer.step()
+    once = 0.5 * float(EXACT.value(model, x, probe=gen()).detach())
+    assert found == pytest.approx([4 * once, 0, 0, 0, 4 * once, 0, 0, 0], rel=1e-12)
+
+
+# ---------------------------------------------------------------------- compilation and wrappers
+
+
+@pytest.mark.parametrize("energy", ALL, ids=repr)
+def test_compiled_networks_are_run_eagerly(energy: JacobianEnergy) -> None:
+    skip, x = filled(Skip(), 6), randn(4, 5, seed=7)
+    compiled = torch.compile(skip, backend="aot_eager")
+    compiled(x)
+    same(energy, compiled, skip, x)
+    inside = nn.Sequential(torch.compile(copy.deepcopy(skip), backend="aot_eager"), nn.Tanh())
+    inside(x)
+    same(energy, inside, nn.Sequential(skip, nn.Tanh()), x, parameters=None)
+    by_method = copy.deepcopy(skip)
+    by_method.compile(backend="aot_eager")
+    by_method(x)
+    same(energy, by_method, skip, x)
+    function = torch.compile(lambda x: skip(x), backend="aot_eager")
+    function(x)
+    value = energy.value(function, x, probe=gen(5))
+    assert float(value.detach()) == pytest.approx(value_and_gradient(energy, skip, x)[0], rel=1e-10)
+    assert compiled(x).shape == (4, 3)  # and compiled again afterwards
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x + torch.tanh(self.a(x)))
+
+
+def test_scripted_networks_leave_dropout_out() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(model).train()
+    same(EXACT, scripted, model, randn(4, 5))
+    assert scripted.training
+    assert all(m.training for m in scripted.modules())
+
+
+DISTRIBUTED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from groundstate import Regularizer
+from groundstate.energies.dirichlet import Dirichlet
+from groundstate.energies.jacobian_nuclear import JacobianNuclear
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+def g(seed):
+    return torch.Generator().manual_seed(seed)
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+    def forward(self, x):
+        return self.b(x + torch.tanh(self.a(x)))
+
+chain = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+for make in (Skip, lambda: chain):
+    model = make().double()
+    for i, p in enumerate(model.parameters()):
+        p.data = torch.randn(p.shape, generator=g(i), dtype=torch.float64)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    x = torch.randn(8, 5, generator=g(9), dtype=torch.float64)
+    energy = 0.3 * Dirichlet(estimator="exact", samples=None) + 0.2 * JacobianNuclear(samples=None)
+    reg = Regularizer(parallel, energy)
+
+    def loss(f, x):
+        return f(x).square().mean() + reg.loss(x)
+
+    serial = torch.autograd.grad(sum(loss(model, part) for part in x.chunk(2)) / 2, list(model.parameters()))
+    loss(parallel, x.chunk(2)[rank]).backward()
+    for p, expected in zip(model.parameters(), serial):
+        assert torch.allclose(p.grad, expected, rtol=1e-12, atol=1e-14), (p.grad, expected)
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel_gives_the_average_of_the_ranks(tmp_path: Any) -> None:
+    def start(rank: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for rank in [start(0), start(1)]:
+        out, error = rank.communicate(timeout=300)
+        assert "equal" in out, error
+
+
+# ---------------------------------------------------------------------- misuse
+
+
+def misuses() -> Iterator[tuple[str, Callable[[], object]]]:
+    x, y, model = randn(4, 5), torch.tensor([0, 1, 2, 0]), mlp()
+    loss = Dirichlet(on="loss")
+
+    def call(energy: JacobianEnergy = PROBED, f: Any = model, x: Any = x, y: Any = None) -> Callable[[], object]:
+        return lambda: energy.value(f, x, y, probe=gen())
+
+    yield "give y", call(loss)
+    yield "must be a tensor", call(loss, y=[0, 1, 2, 0])
+    yield "from 0 to 5", call(loss, y=torch.tensor([0, 1, 5, 0]))
+    yield "from -100 to 2", call(loss, y=torch.tensor([0, -100, 2, 0]))
+    yield "whole numbers", call(loss, y=y.double())
+    yield "expected as many", call(Dirichlet(on="loss", samples=None), y=y[:3])
+    yield "the batch is empty", call(x=x[:0])
+    yield "has no derivative", call(x=x.long())
+    yield "must be a tensor", call(x=x.tolist())
+    yield "no layer 'heed'.*", call(Dirichlet(on="heed"))
+    yield "no layer", call(Dirichlet(wrt="7"))
+    yield "not a module", call(Dirichlet(wrt="0"), f=torch.sin)
+    yield "one row per sample", call(f=lambda x: x.sum())
+    yield "one row per sample", call(f=lambda x: x.T)
+    yield "is a list", call(f=lambda x: [x])
+    yield "expected floating point", call(f=lambda x: x.long())
+    yield "not all zero", call(Dirichlet(estimator="fd"), x=0 * x)
+    yield "no closed form", call(JacobianNuclear(route="closed_form"), f=filled(Skip()))
+    yield "sigma", lambda: Dirichlet(sigma=0.0)
+    yield "probes", lambda: Dirichlet(probes=0)
+    yield "samples", lambda: Dirichlet(samples=True)
+    yield "estimator", lambda: Dirichlet(estimator="best")
+    yield "not negative", lambda: -1.0 * PROBED
+
+
+@pytest.mark.parametrize(("message", "call"), list(misuses()), ids=lambda v: v if isinstance(v, str) else "")
+def test_misuse_is_named(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(UsageError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("energy", ALL, ids=repr)
+def test_numbers_that_are_not_finite_are_named(energy: JacobianEnergy) -> None:
+    for bad in (float("nan"), float("inf")):
+        for make in (mlp, lambda: filled(Skip())):
+            model, x = make(), randn(4, 5)
+            name, weight = list(model.named_parameters())[2]
+            with torch.no_grad():
+                weight[0] = bad
+            for call in (energy.value, energy.estimate):
+                with pytest.raises(NonFiniteError, match=name):
+                    call(model, x, probe=gen())
+                with pytest.raises(NonFiniteError, match="input x"):
+                    call(make(), x.index_fill(0, torch.tensor([1]), bad), probe=gen())
+    huge = mlp(torch.float32)
+    with torch.no_grad():
+        huge[4].weight.fill_(1e30)
+    with pytest.raises(NonFiniteError, match="overflows"):
+        energy.value(huge, randn(4, 5), probe=gen())
+
+
+def test_finite_differences_warn_of_rounding() -> None:
+    model = filled(nn.Sequential(nn.Linear(5, 3)), dtype=torch.float32)
+    with torch.no_grad():
+        model[0].bias.fill_(1e4)
+    with pytest.warns(UserWarning, match="close to rounding"):
+        Dirichlet(estimator="fd").value(model, randn(4, 5), probe=gen())
