@@ -241,19 +241,20 @@ class _Chain:
 
 
 def _called(node: fx.Node, name: str) -> Callable[[Tensor], Tensor]:
-    """Returns what a node does to its one tensor. A reshape is a flattening: only those before the first layer pass."""
+    """Returns what a node does to its one tensor: for a ReLU the module, which closed forms know.
+
+    A reshape is a flattening: only those before the first layer pass.
+    """
+    if name in ("relu", "relu_"):
+        return nn.ReLU()
     if name in _RESHAPES:
-        return _flatten
+        return nn.Flatten()
     others, named = node.args[1:], dict(node.kwargs)
     if node.op == "call_method":
         return lambda h: getattr(h, name)(*others, **named)
     if node.args:
         return lambda h: node.target(h, *others, **named)  # pyright: ignore[reportCallIssue]
     return lambda h: node.target(**{k: h if isinstance(v, fx.Node) else v for k, v in named.items()})  # pyright: ignore[reportCallIssue]
-
-
-def _flatten(h: Tensor) -> Tensor:
-    return h.flatten(1)
 
 
 def _weight(where: str, module: nn.Linear) -> nn.Parameter:
