@@ -204,6 +204,51 @@ def test_measure_lists_every_tensor_and_judges_limits(run: Path, tmp_path: Path)
     assert "not measured" in refused(2, "measure", run, "--energy", "l1", "--fail-above", "nuclear=3")
 
 
+def test_measure_with_data_says_what_the_network_does(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    result = call("measure", run, "--data", "digits")
+    assert result.exit_code == 0, result.stderr
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    assert "What the network does to 360 samples" in text
+    for part in (
+        *("dirichlet", "jacobian_nuclear", "effective rank", "half-sum/nuclear", "upper bound on robust accuracy"),
+        *("theorem regime", "linf radius", "calibration error", "AUROC", "rotated"),
+    ):
+        assert part in text
+    (dirichlet,) = (line.split() for line in lines if line.split()[:1] == ["dirichlet"])
+    assert dirichlet[2] == "\u00b1"
+    assert "(1) bias, scale or scalar (fewer than 2 dimensions)" in lines  # once, not in every row
+    cut = next(line.split() for line in lines if line.split()[1:3] == ["ReLU", "32"])
+    assert cut[-1].endswith("\u00d7")
+    # as a document: the same numbers, unrounded
+    found = document("measure", run, "--data", "digits")["function"]
+    assert float(dirichlet[1]) == pytest.approx(found["energies"]["dirichlet"]["value"], rel=0.01)  # three digits
+    assert float(cut[-1][:-1]) == pytest.approx(found["cuts"][1]["half_sum/nuclear"], abs=0.005)
+    assert found["samples"] == 360
+    assert set(found["robustness"]) == {"l2", "linf"}
+    assert {"theorem", "logits", "cross_entropy"} < set(found["alignment"])
+    assert found == document("measure", run, "--data", "digits", "--energy", "all")["function"]
+
+
+def test_an_energy_of_the_function_is_measured_alone_and_can_fail_a_limit(run: Path, tmp_path: Path) -> None:
+    asked = ("measure", run, "--data", "digits", "--energy", "dirichlet")
+    found = document(*asked, "--csv", tmp_path / "t.csv")
+    assert list(found["function"]["energies"]) == ["dirichlet"]
+    assert not found["totals"]
+    assert not any(found["function"][part] for part in ("cuts", "robustness", "alignment", "outliers"))
+    assert (tmp_path / "t.csv").read_text().count("\n") == 5
+    value = found["function"]["energies"]["dirichlet"]["value"]
+    assert call(*asked, "--fail-above", f"geometric_complexity={value + 1}").exit_code == 0
+    assert "dirichlet is" in refused(1, *asked, "--fail-above", f"dirichlet={value - 1}")
+    assert "--data digits" in refused(2, "measure", run, "--energy", "nuclear", "--fail-above", "dirichlet=1")
+    assert "data" in refused(2, "measure", run, "--energy", "dirichlet")
+    absent = call("measure", run, "--data", "digits", "--energy", "dirichlet(on='no.such')")
+    assert absent.exit_code == 0
+    assert "note: dirichlet(on='no.such'): left out: the network has no layer" in absent.stderr
+
+
 def test_names_from_files_are_neither_markup_nor_terminal_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +316,8 @@ def test_energies_lists_all_and_explains_one() -> None:
     assert listed["path_energy"]["couplings"] == ["grad", "monitor"]
     assert document("energies", "schatten")["energy"]["options"] == {"p": "required"}
     assert "sigma_i" in call("energies", "nuclear").stdout
+    text = call("energies", "dirichlet").stdout
+    assert "    sigma: Step of ``fd``" in text  # entries stay lines of their own, paragraphs are filled
     assert "'nuclear'" in refused(2, "energies", "nucler")
 
 

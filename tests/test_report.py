@@ -19,11 +19,12 @@ import pytest
 
 from groundstate import report
 from groundstate.errors import DataError, ResourceError, UsageError
-from groundstate.report import summary
+from groundstate.report import function, summary
+from groundstate.report.figures_function import function_pictures
 from groundstate.report.load import load, read_json
 from groundstate.report.page import render
-from groundstate.report.tables import csv_tables
-from groundstate.report.text import csv_cell, figure_label, number, plain, show
+from groundstate.report.tables import csv_tables, write_csv
+from groundstate.report.text import csv_cell, figure_label, number, plain, plus_minus, show
 
 LAYERS = {"0.weight": (32, 64), "2.weight": (10, 32)}
 SPECS = ("none", "0.001*nuclear", "0.01*nuclear", "0.001*l1", "0.001*graph")
@@ -86,6 +87,68 @@ def truncations(spectra: dict[str, list[float]], accuracy: float) -> list[dict[s
         entry = {"tolerance": tolerance, "parameters": parameters, "ratio": parameters / 2368, "ranks": ranks}
         found.append(entry | {"test_accuracy": accuracy - 0.4 * tolerance**2})
     return found
+
+
+def function_of(strength: float, rng: np.random.Generator) -> dict[str, Any]:
+    """Returns the ``function`` part of a summary: stronger energies make the network flatter and more robust."""
+    flat = math.exp(-strength) * (1 + 0.02 * rng.random())
+    energies = {"dirichlet": 180 * flat**2, "jacobian_nuclear": 34 * flat, "jacobian_spectral": 8 * flat}
+    estimates = {
+        k: {"value": v, "standard_error": v / 50, "samples": 360, "how": "", "details": {}} for k, v in energies.items()
+    }
+    shares = [0.0, 0.02, 0.1, 0.3]
+    curves = {
+        norm: {
+            "share": shares,
+            "epsilon": [size * s for s in shares],
+            "accuracy": [0.96 - (1.5 - 0.5 * strength) * s + 0.01 * rng.random() for s in shares],
+        }
+        for norm, size in (("l2", 5.7), ("linf", 1.0))
+    }
+    aligned = {"share": [0.001, *shares[1:]], "epsilon": [5.7 * s for s in (0.001, *shares[1:])]}
+    aligned |= {key: [level - 0.1 * s for s in aligned["share"]] for key, level in LEVELS.items()}
+    cut = {"nuclear": 34 * flat, "frobenius_g": 6.4, "frobenius_h": 6.5, "product": 42.0, "half_sum": 43.0}
+    cut |= {"product/nuclear": 1.25 + 0.01 * rng.random(), "half_sum/nuclear": 1.3 + strength / 10}
+    wide = {"name": "2", "kind": "Linear", "width": 9000, "half_sum": 50.0, "nuclear": 34.0, "half_sum/nuclear": 1.5}
+    return {
+        "samples": 360,
+        "energies": estimates,
+        "spectrum": {
+            "s_1": 8 * flat,
+            "s_r": 0.2,
+            "rank": 10.0,
+            "stable_rank": 2.9,
+            "effective_rank": 6.5,
+            "second": 0.8,
+        },
+        "cuts": [{"name": "0", "kind": "Linear", "width": 32} | cut, wide | {"draws": 8}],
+        "robustness": curves,
+        "alignment": aligned,
+        "calibration": {
+            "nll": 0.2,
+            "ece": 0.03,
+            "ece_scaled": 0.02,
+            "temperature": 1.2,
+            "brier": 0.05,
+            "accuracy": 0.95,
+        },
+        "outliers": {"uniform": 0.97, "rotated": 0.7 + 0.1 * strength},
+        "notes": ["alignment: left out: an example"] if strength == 0 else [],
+    }
+
+
+LEVELS = {"theorem": 0.99, "logits": 0.8, "cross_entropy": 0.45}
+
+
+def add_function(out: Path, only: tuple[int, ...] | None = None) -> Path:
+    """Adds the part to the runs of a comparison (of the given cells alone)."""
+    rng = np.random.default_rng(11)
+    for folder in sorted((out / "runs").iterdir()):
+        cell = int(folder.name[4])
+        if only is None or cell in only:
+            done = read_json(folder / "summary.json")
+            write_json(folder / "summary.json", done | {"function": function_of(cell / 4, rng)})
+    return out
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -380,6 +443,117 @@ def test_summary_alone_without_curves(tmp_path: Path) -> None:
     study = load([folder])
     assert Page(render(study)).tags.count("svg") == 4  # outcome, compression, spectra, cost
     assert len(csv_tables(study)["curves"]) == 1
+
+
+# The function
+
+
+@pytest.fixture(scope="module")
+def with_function(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_function(write_compare(tmp_path_factory.mktemp("function") / "out", SPECS[:3], seeds=3))
+
+
+def test_the_section_on_the_function(with_function: Path, tmp_path: Path) -> None:
+    html = report.build([with_function], tmp_path).read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.tags.count("svg") == 10
+    assert {"function", "robustness", "alignment", "cuts"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} | set(re.findall(r"url\(#([^)]*)\)", html)) <= set(page.ids)
+    assert "to 360 samples of the test split" in html
+    assert "alignment: left out: an example" in html
+    values = [read_json(with_function / "runs" / f"cell0-seed{k}" / "summary.json") for k in range(3)]
+    dirichlet = [v["function"]["energies"]["dirichlet"]["value"] for v in values]
+    assert f"<td>{plus_minus(float(np.mean(dirichlet)), float(np.std(dirichlet, ddof=1)))}</td>" in html
+    assert ">97.0 \u00b1 0<" in html  # AUROC in percent, the same for all seeds
+    for name in ("function", "robustness", "alignment", "cuts"):
+        assert name in html.rpartition("tables/*.csv")[2][:200]
+    assert report.build([with_function], tmp_path / "again").read_text(encoding="utf-8") == html
+
+
+def test_tables_of_the_function_hold_the_numbers_of_the_runs(with_function: Path, tmp_path: Path) -> None:
+    write_csv(csv_tables(load([with_function])), tmp_path)
+    tables = {name: rows_of(tmp_path / f"{name}.csv") for name in ("function", "robustness", "cuts")}
+    run = read_json(with_function / "runs" / "cell1-seed2" / "summary.json")["function"]
+    mine = {k: [r for r in t if (r["energy"], r["seed"]) == (SPECS[1], "2")] for k, t in tables.items()}
+    by_figure = {(r["part"], r["figure"]): r for r in mine["function"]}
+    assert float(by_figure["energies", "dirichlet"]["value"]) == run["energies"]["dirichlet"]["value"]
+    assert float(by_figure["energies", "dirichlet"]["standard_error"]) == run["energies"]["dirichlet"]["standard_error"]
+    assert by_figure["calibration", "ece"]["standard_error"] == ""
+    assert [float(r["accuracy"]) for r in mine["robustness"] if r["norm"] == "linf"] == run["robustness"]["linf"][
+        "accuracy"
+    ]
+    assert [r["product/nuclear"] for r in mine["cuts"]] == [str(run["cuts"][0]["product/nuclear"]), ""]
+    assert [r["draws"] for r in mine["cuts"]] == ["", "8.0"]
+
+
+def test_energies_of_the_function_are_compared_in_every_run(tmp_path: Path) -> None:
+    out = add_function(write_compare(tmp_path / "out", ("none", "0.001*dirichlet"), seeds=2))
+    for folder in (out / "runs").glob("cell1-*"):  # training records what it minimizes, the reference does not
+        done = read_json(folder / "summary.json")
+        done["energies"]["dirichlet"] = 1e9
+        write_json(folder / "summary.json", done)
+    reference, row = summary.rows(load([out]))
+    assert reference.energies["dirichlet"][0].n == 2
+    # the strength of cell 1 is 1/4, and the Dirichlet energy a square: exp(-1/2), up to 4 % of noise
+    assert row.energies["dirichlet"][1] == pytest.approx(math.exp(-0.5), rel=0.05)
+    assert "jacobian_nuclear" not in row.energies
+    assert "dirichlet energy 0.6" in summary.sentence(row, 0.05)
+
+
+def test_runs_without_the_function_take_no_part(with_function: Path, compare: Path, html: str, tmp_path: Path) -> None:
+    assert not {"function", "robustness", "alignment", "cuts"} & set(Page(html).ids)
+    assert not {"function", "robustness", "alignment", "cuts"} & set(csv_tables(load([compare])))
+    out = add_function(write_compare(tmp_path / "out", SPECS[:2], seeds=2), only=(1,))
+    study = load([out])
+    assert Page(render(study)).tags.count("svg") == 10
+    first, second = function.panels(study)
+    assert first.cells[0] == ["n/a"] * len(first.columns)
+    assert "n/a" not in first.cells[1] + second.cells[1]
+    assert {row[0] for row in csv_tables(study)["cuts"][1:]} == {SPECS[1]}
+
+
+EVIL = '"><script>x</script>$a$\x1b[31m'
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        3,
+        [],
+        {"energies": [1], "spectrum": "x", "cuts": {"a": 1}, "robustness": [2], "alignment": 7, "outliers": None},
+        {"cuts": [None, 3, {}, {"name": 1, "product/nuclear": "inf"}], "notes": "text", "samples": "many"},
+        {"robustness": {EVIL: {"share": [0, 1], "epsilon": [0, None], "accuracy": [1, 1]}}, "outliers": {EVIL: {}}},
+        {"robustness": {"l2": {"share": [0.0, 0.02], "epsilon": [0.0, 9.0], "accuracy": [1.0]}}},
+        {"energies": {EVIL: {"value": 3.0}}, "outliers": {EVIL: 0.5}, "notes": [EVIL], "samples": 5},
+        {"cuts": [{"name": EVIL, "kind": EVIL, "half_sum/nuclear": 2.0}], "calibration": {"nll": "nan", "ece": None}},
+    ],
+)
+def test_a_damaged_function_part_does_not_stop_the_report(broken: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(12)
+    folders = [write_run(tmp_path / f"cell{i}", spec, 0, 0.0, rng, epochs=1) for i, spec in enumerate(SPECS[:2])]
+    for folder, part in zip(folders, (broken, function_of(0.5, rng))):
+        write_json(folder / "summary.json", read_json(folder / "summary.json") | {"function": part})
+    study = load(folders)
+    pictures = function_pictures(study)
+    assert {"robustness", "alignment", "cuts"} == {p.key for p in pictures}
+    for p in pictures:
+        assert "script" not in {str(e.tag).rpartition("}")[2] for e in ElementTree.fromstring(p.svg).iter()}
+    texts = [*function.notes(study), *(c for panel in function.panels(study) for c in panel.columns)]
+    assert not any("\x1b" in text for text in texts)
+    assert all(len(panel.cells) == 2 for panel in function.panels(study))
+    assert {"function", "robustness", "alignment", "cuts"} == set(function.csv_tables(study))
+
+
+def test_hostile_text_of_the_function_is_neutralized(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "none", 0, 0.0, np.random.default_rng(13), epochs=1)
+    part = function_of(0.0, np.random.default_rng(14)) | {"notes": [EVIL], "outliers": {EVIL: 0.5}}
+    part["cuts"][0] |= {"name": EVIL, "kind": EVIL}
+    part["robustness"][EVIL] = part["robustness"]["l2"]
+    write_json(folder / "summary.json", read_json(folder / "summary.json") | {"function": part})
+    html = report.build([folder], tmp_path / "r").read_text(encoding="utf-8")
+    assert "script" not in Page(html).tags
+    assert "\x1b" not in html
 
 
 def test_importing_the_report_loads_nothing_heavy() -> None:

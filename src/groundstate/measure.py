@@ -52,9 +52,9 @@ def measure(
         energies: A spec such as ``"nuclear + graph"``, energies, or ``"all"``: the first example of every matrix energy
             and of every network energy, and with ``data`` of every energy of the function. Strengths and couplings play
             no part: an energy is measured as it is.
-        data: ``(x, y)``, inputs and class labels: adds loss and accuracy of a module, and what `measure_function` finds
-            on some of the samples.
-        progress: Called as ``progress(done, total, name)`` after each tensor.
+        data: ``(x, y)``, inputs and class labels (or real targets): adds loss and accuracy of a module, and what
+            `measure_function` finds on some of the samples.
+        progress: Called as ``progress(done, total, name)`` after each tensor, then after each part of the function.
 
     Returns:
         The table. Weights with NaN or infinities have the status ``non-finite`` and are left out of the totals.
@@ -105,8 +105,11 @@ def measure(
             totals |= found
             notes += absent
     function = None
-    if data is not None and tensors.model is not None and of_function and not broken:
-        function = measure_function(tensors.model, *data, energies=of_function)
+    if data is not None and tensors.model is not None and of_function:
+        if broken:
+            notes.append("the function is not measured: its weights are not finite")
+        else:
+            function = measure_function(tensors.model, *data, energies=of_function, progress=progress)
     return Table(rows, totals, notes, evaluation, function)
 
 
@@ -268,6 +271,7 @@ def _ordered(tensors: TensorList, rows: list[Row]) -> tuple[list[Tensor], list[s
 
 
 def _evaluate(model: nn.Module | None, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Returns cross-entropy and accuracy for class labels, the mean squared error as loss for real targets."""
     if model is None:
         raise UsageError("data needs the model itself: a file or a state dict cannot be run")
     if len(x) != len(y) or not len(x):
@@ -281,9 +285,12 @@ def _evaluate(model: nn.Module | None, x: Tensor, y: Tensor) -> dict[str, float]
         with torch.no_grad():
             for inputs, labels in zip(x.split(1024), y.split(1024), strict=True):
                 outputs = model(inputs)
+                if labels.is_floating_point():
+                    loss += float(nn.functional.mse_loss(outputs, labels)) * len(labels)
+                    continue
                 loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
                 right += int((outputs.argmax(-1) == labels).sum())
     finally:
         for module, training in modes:
             module.training = training
-    return {"loss": loss / len(x), "accuracy": right / len(x)}
+    return {"loss": loss / len(x)} | ({} if y.is_floating_point() else {"accuracy": right / len(x)})

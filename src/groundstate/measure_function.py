@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groundstate.attack import Norm, ProjectedAscent, alignment_curve, robust_accuracy
+from groundstate.attack import Norm, ProjectedAscent, alignment, alignment_curve, robust_accuracy
 from groundstate.energies.base import Estimate, FunctionEnergy
 from groundstate.energies.jacobian import JacobianEnergy, spectra
 from groundstate.energies.registry import registered
@@ -300,8 +300,10 @@ class _Work:
         shares = [1e-3, *RADII[1:]]
         epsilons = [share * size for share in shares]
         found = alignment_curve(self.model, x, y, v, epsilons, generator, attack=ProjectedAscent(0.0, steps=_STEPS))
-        long = ProjectedAscent(0.0, steps=_STEPS, step_size=_LONG_STEP * size)
-        theorem = alignment_curve(self.model, x, y, v, epsilons, generator, attack=long)["logits"]
+        long = ProjectedAscent(0.0, steps=_STEPS, step_size=_LONG_STEP * size, objective="logits")
+        theorem = [
+            _mean(alignment(replace(long, epsilon=e).perturb(self.model, x, None, generator), v)) for e in epsilons
+        ]
         self.table.alignment.update({"epsilon": epsilons, "share": shares, "theorem": theorem, **found})
 
     def calibration(self, _: torch.Generator) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from groundstate.cli.console import Output, table
+from groundstate.cli.console import Output, table, width
 from groundstate.cli.options import verb
 
 if TYPE_CHECKING:
     from groundstate.energies.base import Energy
+
+_WIDE = 140  # columns of a terminal that costs and references need
 
 
 @verb()
@@ -32,11 +35,21 @@ def energies(
         return
     listed = [describe(cls) for cls in registered().values()]
     output.document("energies", {"energies": listed})
-    rows = [(d["name"], d["formula"], d["cost"], ", ".join(d["couplings"]), d["reference"]) for d in listed]
-    output.show(
-        table(("energy", "formula", "cost", "couplings", "reference"), rows, left=5),
-        "Explain one: groundstate energies nuclear. Use: groundstate train --energy '1e-3*nuclear'",
-    )
+    how = "Explain one: groundstate energies nuclear. Use: groundstate train --energy '1e-3*nuclear'"
+    output.show(*_listed(listed), how)
+
+
+def _listed(energies: list[dict[str, Any]]) -> list[Any]:
+    """Returns one table per kind of operand; cost and references only where the terminal has room for them."""
+    columns = ("name", "formula", "couplings", "cost", "reference")[: 5 if width() >= _WIDE else 3]
+    parts: list[Any] = []
+    for operand in dict.fromkeys(d["of"] for d in energies):
+        mine = [d for d in energies if d["of"] == operand]
+        rows = [[", ".join(d[c]) if c == "couplings" else d[c] for c in columns] for d in mine]
+        made = table(("energy", *columns[1:]), rows, title=f"Of {operand}", left=5)
+        made.columns[0].no_wrap = made.columns[2].no_wrap = True
+        parts.append(made)
+    return parts
 
 
 def describe(cls: type[Energy]) -> dict[str, Any]:
@@ -102,4 +115,36 @@ def _explained(found: dict[str, Any]) -> list[Any]:
         ("reference", found["reference"]),
         ("class", found["class"]),
     ]
-    return [table(("", ""), rows, title=found["name"], left=2), found["description"]]
+    return [table(("", ""), rows, title=found["name"], left=2), _reflowed(found["description"], width())]
+
+
+def _reflowed(text: str, columns: int) -> str:
+    """Breaks the lines of a docstring anew; examples and the first line of each entry of a list stay where they are.
+
+    >>> print(_reflowed("One two\\nthree.\\n\\nAttributes:\\n    a: Four\\n        five.", 16))
+    One two three.
+    <BLANKLINE>
+    Attributes:
+        a: Four
+            five.
+    """
+    blocks: list[tuple[int, list[str]]] = []
+    for line in text.splitlines():
+        indent, last = len(line) - len(line.lstrip()), blocks[-1] if blocks else (0, [""])
+        example = line.startswith(">>>") or last[1][0].startswith(">>>")
+        goes_on = indent == last[0] == 0 or indent > last[0] > 0
+        if not line.strip() or not last[1][0] or (goes_on and line.startswith("* ")) or not (goes_on or example):
+            blocks.append((indent, [line]))
+        else:
+            last[1].append(line)
+    lines: list[str] = []
+    for indent, block in blocks:
+        if block[0].startswith(">>>") or not block[0].strip():
+            lines += block
+            continue
+        further = " " * (indent + 4 if indent else 0)
+        joined = " ".join(part.strip() for part in block)
+        lines += textwrap.wrap(
+            joined, columns, initial_indent=" " * indent, subsequent_indent=further, break_on_hyphens=False
+        )
+    return "\n".join(lines)

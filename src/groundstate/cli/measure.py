@@ -1,4 +1,5 @@
-"""``groundstate measure``: the energies and ranks of every tensor of a file, a folder or a run."""
+"""``groundstate measure``: the energies and ranks of every tensor of a file, a folder or a run; with data also what the
+network does to them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from groundstate.cli.console import Output, figure, percent, table
+from groundstate.cli.console import Output
+from groundstate.cli.measure_tables import of_function, of_weights
 from groundstate.cli.options import DataDir, verb
 
 if TYPE_CHECKING:
@@ -28,22 +30,33 @@ def measure(
         Path, typer.Argument(help="A .safetensors or .pt file, a folder of them, or a run folder.", metavar="SOURCE")
     ],
     energy: Annotated[
-        list[str] | None, typer.Option("--energy", help="Energies; may be repeated. Default: all.", metavar="SPEC")
+        list[str] | None,
+        typer.Option(
+            "--energy",
+            help="Energies; may be repeated. Default: all. Energies of the function, such as dirichlet, need --data; "
+            "where some are named, nothing else is measured of the function.",
+            metavar="SPEC",
+        ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Add loss and accuracy on the validation split (of a RUN).", metavar="digits|mnist"
+            "--data",
+            help="Add what the network of a RUN does to the validation split: accuracy, Jacobian, robustness, "
+            "calibration, outliers.",
+            metavar="digits|mnist",
         ),
     ] = None,
     data_dir: DataDir = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the table as CSV.", metavar="FILE")] = None,
     fail_above: Annotated[
         list[str] | None,
-        typer.Option("--fail-above", help="Exit 1 if a total exceeds this, e.g. nuclear=100.", metavar="ENERGY=LIMIT"),
+        typer.Option(
+            "--fail-above", help="Exit 1 if an energy exceeds this, e.g. nuclear=100.", metavar="ENERGY=LIMIT"
+        ),
     ] = None,
 ) -> None:
-    """Measure weights: every tensor is listed, with the reason where it is skipped."""
+    """Measure weights, and with --data the function: every tensor is listed, with the reason where it is skipped."""
     from groundstate.errors import UsageError
     from groundstate.measure import measure as run
 
@@ -56,7 +69,8 @@ def measure(
         def progress(done: int, total: int, name: str) -> None:
             meter.update(done, name, total)
 
-        found = run(model if model is not None else source, list(energy) if energy else "all", batch, progress)
+        wanted = list(energy) if energy and energy != ["all"] else "all"
+        found = run(model if model is not None else source, wanted, batch, progress)
     if csv is not None:
         from groundstate.report.tables import write_text
 
@@ -64,8 +78,10 @@ def measure(
     failed = _failed(found, limits)
     body = {"source": source, **{k: v for k, v in found.to_dict().items() if k != "schema"}, "failed": failed}
     output.document("measure", body)
-    output.show(*_tables(found, None if energy else _SHOWN))
-    for note in found.notes:
+    output.show(*of_weights(found, _SHOWN if wanted == "all" else None))
+    if found.function is not None:
+        output.show(*of_function(found.function))
+    for note in (*found.notes, *(found.function.notes if found.function is not None else ())):
         output.note(f"note: {note}")
     _judge(found, failed)
 
@@ -101,13 +117,23 @@ def _limit(text: str) -> tuple[str, float]:
 def _failed(found: Table, limits: dict[str, float]) -> list[str]:
     from groundstate.errors import UsageError
 
+    of_function = {} if found.function is None else {k: e.value for k, e in found.function.energies.items()}
+    measured = found.totals | of_function
     failed = []
     for key, limit in limits.items():
-        if key not in found.totals:
-            raise UsageError(f"--fail-above {key}: it was not measured; add --energy {key!r}")
-        if not found.totals[key] <= limit:
-            failed.append(f"{key} is {found.totals[key]:.6g}, above {limit:g}")
+        if key not in measured:
+            raise UsageError(f"--fail-above {key}: it was not measured; {_remedy(key)}")
+        if not measured[key] <= limit:
+            failed.append(f"{key} is {measured[key]:.6g}, above {limit:g}")
     return failed
+
+
+def _remedy(key: str) -> str:
+    from groundstate.energies.base import FunctionEnergy
+    from groundstate.energies.registry import parse
+
+    data = " --data digits (or mnist)" if isinstance(parse(key).terms[0].energy, FunctionEnergy) else ""
+    return f"add --energy {key!r}{data}"
 
 
 def _judge(found: Table, failed: list[str]) -> None:
@@ -119,26 +145,3 @@ def _judge(found: Table, failed: list[str]) -> None:
         )
     if failed:
         raise ThresholdError("; ".join(failed))
-
-
-def _tables(found: Table, shown: tuple[str, ...] | None) -> list[Any]:
-    energies = list(found.totals)
-    per_row = list(dict.fromkeys(k for r in found.rows for k in r.values if shown is None or k in shown))
-    columns = ("tensor", "shape", "dtype", "status", "rank", "effective rank", "sigma max", *per_row)
-    rows = []
-    for r in found.rows:
-        status = r.status if not r.reason else f"{r.status}: {r.reason}"
-        shape = "x".join(map(str, r.shape)) or "-"
-        figures = [figure(v) for v in (r.rank, r.effective_rank, r.sigma_max)]
-        rows.append((r.name, shape, r.dtype, status, *figures, *[figure(r.values.get(e)) for e in per_row]))
-    counts = found.summary()
-    parts: list[Any] = [
-        table(columns, rows, left=4),
-        table(("total", "value"), [(e, figure(found.totals[e])) for e in energies]),
-        f"{counts['tensors']} tensors, {found.parameters:,} parameters: "
-        + ", ".join(f"{n} {status}" for status, n in counts.items() if n and status != "tensors"),
-    ]
-    if found.evaluation:
-        accuracy, loss = percent(found.evaluation["accuracy"]), figure(found.evaluation["loss"])
-        parts.append(f"validation accuracy {accuracy}, loss {loss}")
-    return parts

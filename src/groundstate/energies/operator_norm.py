@@ -37,6 +37,7 @@ from groundstate.norms.operator_norm import conjugate, dual_vector, lp_norm, ope
 from groundstate.norms.spectral import working_dtype
 
 MEASURED_ITERATIONS = 20
+_CONVERGED = 150  # iterations; before, the gradient with v held fixed is not the slope of the value
 MEASURED_STARTS = 8
 _PART, _ENTRIES = 512, 2**25  # samples measured at once, and entries of their Jacobians
 
@@ -110,13 +111,14 @@ class DataDependentOperatorNorm(FunctionEnergy):
         require(fits, f"samples must be a whole number from 1 or None, got {self.samples!r}")
         if not self.squared:
             object.__setattr__(self, "traits", replace(type(self).traits, degree=1.0))
+        if self.iterations < _CONVERGED:
+            object.__setattr__(self, "traits", replace(self.traits, surrogate=True))
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        # converged: before that the gradient, with v kept, is not the slope of the value
-        many = cls(iterations=150)
+        many = cls(iterations=_CONVERGED)
         other = replace(many, p="inf", q=1.0, squared=False)
-        return many, replace(many, epsilon=0.1), other, replace(many, on="probabilities", samples=None)
+        return cls(), many, replace(many, epsilon=0.1), other, replace(many, on="probabilities", samples=None)
 
     def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Tensor:
         """Returns the mean over (a random part of) the batch, a scalar, differentiable by the parameters.

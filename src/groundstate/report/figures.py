@@ -8,40 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from groundstate.report import statistics
 from groundstate.report.load import Group, Study, compression_points, curve
-from groundstate.report.style import INK, MUTED, Look, canvas, legend, looks, styled, svg
+from groundstate.report.picture import BAND, Picture, band, picture, seeds_of
+from groundstate.report.style import INK, MUTED, Look, canvas, legend, log_axis, looks, styled
 from groundstate.report.text import TIMES, figure_label, show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _MOST_POINTS = 100  # of a curve: long runs are thinned out, the CSV files have every epoch
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure ready for the page.
-
-    Attributes:
-        key: its anchor, also the prefix of the ids in its SVG.
-        title: the question that it answers.
-        guide: one sentence on how to read it.
-        caption: what is drawn.
-        svg: the SVG element.
-    """
-
-    key: str
-    title: str
-    guide: str
-    caption: str
-    svg: str
 
 
 def all_pictures(study: Study) -> list[Picture]:
@@ -56,13 +36,7 @@ def all_pictures(study: Study) -> list[Picture]:
         cost,
     )
     with styled():
-        return [picture for draw in drawers if (picture := draw(study)) is not None]
-
-
-def _seeds(study: Study) -> str:
-    counts = sorted({len(g.runs) for g in study.groups})
-    text = " or ".join(str(c) for c in counts)
-    return f"{text} seed{'' if counts == [1] else 's'} per energy"
+        return [made for draw in drawers if (made := draw(study)) is not None]
 
 
 def outcome(study: Study) -> Picture | None:
@@ -94,14 +68,14 @@ def outcome(study: Study) -> Picture | None:
     _beside(right, "reference", 0, n - 1, MUTED)
     right.set_title(figure_label(f"Difference from {reference.label}, same seed"))
     right.set_xlabel("points")
-    return _picture(
+    return picture(
         figure,
         "outcome",
         "Which regularizer helps?",
         "An interval on the right that does not touch zero is a difference that the seeds do not explain.",
         "Small dots: seeds; large markers: means; bars: 95 % t-intervals (none with one seed). Left: test accuracy. "
         "Right: the difference of runs that share a seed, each interval for itself; the p values of the table are "
-        f"corrected for asking about several energies. {_seeds(study)}; the test split was used once, at the end.",
+        f"corrected for asking about several energies. {seeds_of(study)}; the test split was used once, at the end.",
     )
 
 
@@ -150,8 +124,9 @@ def energies(study: Study) -> Picture | None:
         "What did it do to the energies?",
         "The regularized curves should lie below the reference in the energy they minimize; "
         "the other panels show what came along with it.",
-        "Each energy is summed over the weight blocks, without its strength; epoch 0 is the network before training. "
-        "Energies are measured in every run, the reference included.",
+        "Energies of weights are summed over the weight blocks, those of the function (such as dirichlet) are means "
+        "over validation samples; neither has its strength in it. Epoch 0 is the network before training. A run has "
+        "the energies that it monitors or minimizes.",
     )
 
 
@@ -200,8 +175,7 @@ def _curves(
     for axis in axes[max(0, len(drawn) - columns) : len(drawn)]:
         axis.set_xlabel("epoch")
     legend(figure, looks(study))
-    band = "Line: mean over seeds; band: lowest to highest seed. "
-    return _picture(figure, key, title, guide, f"{band}{caption} {_seeds(study)}.")
+    return picture(figure, key, title, guide, f"{BAND}{caption} {seeds_of(study)}.")
 
 
 def _band(axis: Axes, group: Group, look: Look, keys: tuple[str, ...], factor: float) -> None:
@@ -211,12 +185,8 @@ def _band(axis: Axes, group: Group, look: Look, keys: tuple[str, ...], factor: f
     epochs = sorted(set.intersection(*(set(c) for c in found)))
     if len(epochs) > _MOST_POINTS:
         epochs = [epochs[round(i)] for i in np.linspace(0, len(epochs) - 1, _MOST_POINTS)]
-    values = factor * np.array([[c[e] for e in epochs] for c in found])
-    if values.shape[0] > 1:
-        axis.fill_between(epochs, values.min(0), values.max(0), color=look.color, alpha=0.14, linewidth=0)
-    axis.plot(epochs, values.mean(0), look.dash, color=look.color)
     if epochs:
-        axis.plot(epochs[-1:], values.mean(0)[-1:], look.marker, color=look.color)
+        band(axis, look, np.array(epochs), factor * np.array([[c[e] for e in epochs] for c in found]))
 
 
 def _scale(axis: Axes, factor: float) -> None:
@@ -224,19 +194,7 @@ def _scale(axis: Axes, factor: float) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines] or [np.zeros(0)])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > factor * values.min():
-        _log_axis(axis)
-
-
-def _log_axis(axis: Axes) -> None:
-    """Sets a logarithmic axis whose ticks are plain numbers at 1, 2, 5 where it spans few decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    if high < 300 * low:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+        log_axis(axis)
 
 
 def _skip_start(axis: Axes) -> None:
@@ -270,14 +228,14 @@ def spectra(study: Study) -> Picture | None:
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
     legend(figure, looks(study), [("before training", ":")])
-    return _picture(
+    return picture(
         figure,
         "spectra",
         "What did it do to the singular values?",
         "A curve that drops early is a layer of low rank: its tail can be cut off at little loss.",
         "Singular values of each layer in descending order, logarithmic. Line: median over seeds; band: lowest to "
         "highest seed; dotted: before training. Values below 1e-5 of the largest are drawn at the lower edge. "
-        f"{_seeds(study)}.",
+        f"{seeds_of(study)}.",
     )
 
 
@@ -303,7 +261,7 @@ def _spectrum(axis: Axes, study: Study, layer: str) -> None:
         axis.plot(np.arange(1, len(start) + 1), start, ":", color=INK, linewidth=0.9)
         lowest = min(lowest, float(start.min()))
     axis.set_ylim(lowest / 1.5, top * 1.6)
-    _log_axis(axis)
+    log_axis(axis)
     axis.set_title(figure_label(layer, 36))
     axis.set_xlabel("index of the singular value")
     _whole_epochs(axis)
@@ -354,14 +312,14 @@ def compression(study: Study) -> Picture | None:
     axes[0].set_ylabel("test accuracy, %")
     legend(figure, looks(study))
     tolerances = ", ".join(f"{t:g}" for t in sorted({t for g in study.groups for t in compression_points(g)}))
-    return _picture(
+    return picture(
         figure,
         "compression",
         "How small does the network get?",
         "Up and to the left is better: the same accuracy with fewer parameters.",
         "Each marker cuts the singular values below a tolerance times the largest of its layer "
         f"(tolerances {tolerances}, from right to left); a layer counts with two factors only where these are smaller. "
-        f"Markers: means over seeds; small dots: seeds. {_seeds(study)}; without any retraining.",
+        f"Markers: means over seeds; small dots: seeds. {seeds_of(study)}; without any retraining.",
     )
 
 
@@ -385,7 +343,7 @@ def cost(study: Study) -> Picture | None:
     axis.set_xlim(0, 1.22 * max(max(v) for v in times if v))
     axis.set_xlabel("milliseconds per training step")
     axis.grid(axis="y", visible=False)
-    return _picture(
+    return picture(
         figure,
         "cost",
         "What does a step cost?",
@@ -393,7 +351,3 @@ def cost(study: Study) -> Picture | None:
         "Bar: median over seeds of each run's median time of a training step; dots: seeds. "
         "Times of runs that shared a busy machine are rough.",
     )
-
-
-def _picture(figure: Figure, key: str, title: str, guide: str, caption: str) -> Picture:
-    return Picture(key, title, guide, caption, svg(figure, key, f"{title} {guide}"))

@@ -7,10 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from groundstate.report import summary
+from groundstate.report import function, summary
 from groundstate.report.figures import all_pictures
+from groundstate.report.figures_function import function_pictures
 from groundstate.report.load import Study
 from groundstate.report.style import looks
+from groundstate.report.tables import csv_tables
 from groundstate.report.text import TIMES, plain, show
 
 
@@ -41,17 +43,31 @@ def render(study: Study) -> str:
             }
             for row, look in zip(found, looks(study))
         ],
-        energy_names=[plain(n) for n in study.keys("energies")],
+        energy_names=[plain(n).split("_") for n in (found[0].energies if found else ())],
         tolerance=None if math.isnan(cut) else f"{cut:g}",
         reference=study.reference.label if study.reference else None,
         corrected=len(found) > 2,
         few=any(len(r.group.runs) < 5 for r in found),
         pictures=pictures,
+        function=_function(study),
+        function_pictures=[(p, Markup(p.svg)) for p in function_pictures(study)],
+        files=list(csv_tables(study)),
         problems=study.problems,
         runs=_runs(study),
         provenance=_provenance(study),
         settings=[(plain(k), _text(v)) for k, v in study.settings.items() if k != "seed"],
     )
+
+
+def _function(study: Study) -> dict[str, Any] | None:
+    """Returns what the section on the function shows, or None where no run has any of it."""
+    if not function.has_function(study):
+        return None
+    return {
+        "samples": " or ".join(map(str, function.samples(study))) or "some",
+        "panels": function.panels(study),
+        "notes": function.notes(study),
+    }
 
 
 def _times(ratio: float) -> str:

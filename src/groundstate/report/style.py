@@ -136,6 +136,18 @@ def legend(figure: Figure, entries: list[Look], extra: list[tuple[str, str]] | N
     figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.6)
 
 
+def log_axis(axis: Axes) -> None:
+    """Sets a logarithmic axis whose ticks are plain numbers at 1, 2, 5 where it spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if high < 300 * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
 def svg(figure: Figure, key: str, description: str) -> str:
     """Returns the figure as an inline SVG element: no prolog, ids prefixed by ``key``, colors as CSS variables."""
     stream = io.StringIO()

@@ -27,7 +27,8 @@ class Row:
         accuracy_compressed: test accuracy at ``tolerance``.
         step_ms: median time of a training step in milliseconds.
         step_ratio: ``step_ms`` over that of the reference.
-        energies: energies after training, without strengths, as (sample, ratio of means to the reference).
+        energies: energies after training, without strengths, as (sample, ratio of means to the reference). Those of
+            the function are measured on the test split in every run, where the runs have that.
     """
 
     group: Group
@@ -58,14 +59,14 @@ def rows(study: Study) -> list[Row]:
     compared = statistics.adjust([statistics.paired(g.by_seed("test_accuracy"), base) for g in others])
     by_label = {g.label: c for g, c in zip(others, compared)}
     cut = tolerance(study)
-    names = study.keys("energies")
+    names = _energies(study)
     base_ms = _median(reference)
-    base_energies = {n: statistics.sample(list(reference.by_seed("energies", n).values())) for n in names}
+    base_energies = {n: statistics.sample(list(reference.by_seed(*path).values())) for n, path in names.items()}
     found = []
     for group in study.groups:
         comparison = by_label.get(group.label)
         points = compression_points(group).get(cut, [])
-        finals = {n: statistics.sample(list(group.by_seed("energies", n).values())) for n in names}
+        finals = {n: statistics.sample(list(group.by_seed(*path).values())) for n, path in names.items()}
         ms = _median(group)
         found.append(
             Row(
@@ -82,6 +83,14 @@ def rows(study: Study) -> list[Row]:
             )
         )
     return found
+
+
+def _energies(study: Study) -> dict[str, tuple[str, ...]]:
+    """Returns where each energy is in a summary: those that were monitored, and those of the function in use."""
+    of_function = study.keys("function", "energies")
+    names = {name: ("energies", name) for name in study.keys("energies")}
+    used = [n for n in of_function if n in names or any(n in group.energy for group in study.groups)]
+    return names | {n: ("function", "energies", n, "value") for n in used}
 
 
 def _median(group: Group) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from groundstate.report import summary
+from groundstate.report import function, summary
 from groundstate.report.load import Study, compression_points
 from groundstate.report.text import csv_cell, number
 
@@ -30,7 +30,10 @@ _SUMMARY_COLUMNS = (
 
 
 def csv_tables(study: Study) -> dict[str, Rows]:
-    """Returns every table by file name without ``.csv``; the first row of each is its header."""
+    """Returns every table by file name without ``.csv``; the first row of each is its header.
+
+    The tables of the function are there only where a run has numbers for them.
+    """
     return {
         "summary": _summary(study),
         "energies": _energies(study),
@@ -38,6 +41,7 @@ def csv_tables(study: Study) -> dict[str, Rows]:
         "curves": _curves(study),
         "spectra": _spectra(study),
         "compression": _compression(study),
+        **function.csv_tables(study),
         "problems": [("where", "what"), *((p.where, p.what) for p in study.problems)],
     }
 

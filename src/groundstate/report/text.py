@@ -85,6 +85,25 @@ def show(value: float, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(size)))}f}"
 
 
+def plus_minus(value: float, error: float) -> str:
+    """Returns a number with its error, which has two digits if it begins with 1 or 2, else one.
+
+    A number whose error is not known stands alone.
+
+    >>> plus_minus(180.1698, 1.969), plus_minus(1234.5, 60.0), plus_minus(2.0, math.nan), plus_minus(math.nan, 1.0)
+    ('180.2 ± 2.0', '1,230 ± 60', '2.00', 'n/a')
+    """
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return show(value)
+    if error <= 1e-6 * abs(value):  # rounding, no spread
+        return f"{show(value)} ± 0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{show(value)} ± {error:.1g}"
+    place = math.floor(math.log10(error))
+    digits = (1 if error < 3 * 10.0**place else 0) - place
+    return f"{round(value, digits):,.{max(0, digits)}f} ± {round(error, digits):,.{max(0, digits)}f}"
+
+
 def p_value(p: float) -> str:
     """Returns a p value for people.
 
