@@ -514,3 +514,28 @@ def test_errors_that_are_not_ours(
     if isinstance(raised, Exception):
         assert explain(raised)[1] == code
         assert "Traceback" in call("train", "--out", tmp_path / "r", "--debug").stderr
+
+
+def test_thomson_is_solved_drawn_and_compared_with_its_floor(tmp_path: Path) -> None:
+    picture = tmp_path / "icosahedron.svg"
+    result = call("energies", "mhe", "--points", "12", "--restarts", "5", "--picture", str(picture), "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["thomson"]
+    assert found["total"] == pytest.approx(49.165253058, abs=1e-6)  # the classical table
+    assert abs(found["gap"]) < 1e-9  # the icosahedron is the proven ground state
+    assert "<svg" in picture.read_text()
+    shown = call("energies", "mhe", "--points", "4", "--restarts", "2").stdout
+    assert "●" in shown
+    assert "3.674234614" in shown
+
+
+def test_thomson_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    for arguments, what in (
+        (("nuclear", "--points", "12"), "mhe"),
+        (("mhe", "--points", "1"), "2"),
+        (("mhe", "--picture", "x.svg"), "--points"),
+        (("mhe", "--points", "4", "--restarts", "1", "--picture", str(tmp_path / "x.txt")), ".svg"),
+    ):
+        result = call("energies", *arguments)
+        assert result.exit_code == 2
+        assert what in result.stderr

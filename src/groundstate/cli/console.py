@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
+    from rich.text import Text
 
 SCHEMA = 1
 _LINE_EVERY = 10.0  # seconds between plain lines where nothing else is said
@@ -46,7 +47,7 @@ class Output:
             text = json.dumps({"schema": SCHEMA, "verb": verb, **plain_json(body)}, indent=1, allow_nan=False)
             print(text, flush=True)
 
-    def show(self, *parts: Table | str) -> None:
+    def show(self, *parts: Table | Text | str) -> None:
         """Prints tables and lines of text on stdout, unless ``--json`` or ``--quiet``."""
         if self.json or self.quiet:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,10 +25,29 @@ def energies(
     given: dict[str, Any],
     *,
     name: Annotated[str | None, typer.Argument(help="One energy to explain.", metavar="[NAME]")] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", help="Of mhe: find and draw the ground state of N points.", metavar="N")
+    ] = None,
+    dim: Annotated[int, typer.Option("--dim", help="Dimension of the points.", metavar="D")] = 3,
+    exponent: Annotated[float, typer.Option("--exponent", help="s of the energy r^-s; 0: -log r.", metavar="S")] = 1.0,
+    restarts: Annotated[int, typer.Option("--restarts", help="Random starts of the search.", metavar="K")] = 60,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw the points: .svg, .png or .pdf.", metavar="FILE")
+    ] = None,
 ) -> None:
     """List the energies, or explain one: formula, cost, reference, options."""
     from groundstate.energies.registry import get, registered
+    from groundstate.errors import UsageError
 
+    if points is not None:
+        from groundstate.cli.thomson import thomson
+
+        if name is None or get(name).name != "mhe":
+            raise UsageError("--points is of the hyperspherical energy: groundstate energies mhe --points 12 --dim 3")
+        thomson(output, points, dim, exponent, restarts, picture)
+        return
+    if picture is not None:
+        raise UsageError("--picture needs --points: how many points to draw")
     if name is not None:
         found = describe(get(name))
         output.document("energies", {"energy": found})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from groundstate.report import statistics
+from groundstate.report.figures_sphere import angles
 from groundstate.report.load import Group, Study, compression_points, curve
 from groundstate.report.picture import BAND, Picture, band, picture, seeds_of
 from groundstate.report.style import INK, MUTED, Look, canvas, legend, log_axis, looks, styled
@@ -32,6 +33,7 @@ def all_pictures(study: Study) -> list[Picture]:
         compression,
         energies,
         spectra,
+        angles,
         path,
         cost,
     )

@@ -4,6 +4,7 @@ layers are truncated."""
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ RANK_TOLERANCE = 1e-3
 FUNCTION_SAMPLES = 256
 """Samples on which energies of the function are estimated at the end of every epoch."""
 
+ANGLE_BINS, MOST_NEURONS = 60, 4096
 _BATCH = 8192
 
 
@@ -48,6 +50,27 @@ def accuracy_and_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float | N
 def spectra(model: nn.Module) -> dict[str, list[float]]:
     """Returns the singular values of every weight matrix, largest first, by name."""
     return {b.name: singular_values(b.matrix).tolist() for b in select(model)}
+
+
+@torch.no_grad()
+def angles(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns, for every weight matrix, how its neurons (rows) lie to one another, by name.
+
+    Each entry has ``neurons``, ``inputs`` and ``counts``: pairs of neurons by their angle, in `ANGLE_BINS` equal bins
+    from 0 to pi. Neurons that are zero, and layers of fewer than two neurons or of more than 4096, are left out.
+    """
+    found = {}
+    for block in select(model):
+        w = block.matrix.double()
+        w = w[(w != 0).any(-1)]
+        if not 2 <= len(w) <= MOST_NEURONS or w.shape[1] < 2:
+            continue
+        u = functional.normalize(w, dim=-1)
+        pairs = torch.triu_indices(len(u), len(u), 1)
+        theta = torch.acos((u @ u.mT)[pairs[0], pairs[1]].clamp(-1, 1))
+        counts = torch.histc(theta, ANGLE_BINS, 0.0, math.pi)
+        found[block.name] = {"neurons": len(u), "inputs": w.shape[1], "counts": counts.long().tolist()}
+    return found
 
 
 def ranks(values: dict[str, list[float]]) -> dict[str, int]:
@@ -123,13 +146,16 @@ def summary(
     last = [r for r in records if r["kind"] == "epoch"][-1]
     test_accuracy, test_loss = accuracy_and_loss(model, x, y)
     values = spectra(model)
+    before = next((r for r in records if r["kind"] == "spectra"), {})
     keys = ("val_accuracy", "val_loss", "train_loss", "train_accuracy", "energies", "path")
     return {
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         **{k: last[k] for k in keys},
-        "spectra_initial": next((r["spectra"] for r in records if r["kind"] == "spectra"), {}),
+        "spectra_initial": before.get("spectra", {}),
         "spectra": values,
+        "angles_initial": before.get("angles", {}),
+        "angles": angles(model),
         "ranks": ranks(values),
         "rank_tolerance": RANK_TOLERANCE,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -174,7 +174,8 @@ class Run:
                 }
             )
         torch.manual_seed(keyed(self.config.seed, "global"))
-        self.recorder.append({"kind": "spectra", "step": 0, "spectra": evaluation.spectra(self.model)})
+        start = {"spectra": evaluation.spectra(self.model), "angles": evaluation.angles(self.model)}
+        self.recorder.append({"kind": "spectra", "step": 0, **start})
         self._record_epoch(0)
         self.save()
 
