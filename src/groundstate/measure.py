@@ -90,14 +90,8 @@ def measure(
             if progress is not None:
                 progress(done, len(tensors.entries), entry.name)
         totals = _totals(rows, matrix)
-        notes = list(tensors.notes)
-        for key in matrix:
-            if left := [r.name for r in rows if r.status == "analyzed" and key not in r.values]:
-                shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-                notes.append(f"{key}: too few neurons, or so many that it must be asked for by name, at {shown}")
         broken = [r.name for r in rows if r.status == "non-finite"]
-        if broken:
-            notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
+        notes = [*tensors.notes, *_left_out(rows, matrix)]
         if network:
             found, absent = _network(tensors, rows, network, limit=MAX_GRAPH_NODES if everything else None)
             if not found and not matrix and not of_function:
@@ -127,6 +121,18 @@ def _energies(energies: Energies, with_data: bool) -> dict[str, Energy]:
             needs = "data: give them" if isinstance(energy, FunctionEnergy) else "training: leave it out here"
             raise UsageError(f"{energy.name!r} is not an energy of weights alone, it needs {needs}")
     return {repr(e): e for e in chosen}
+
+
+def _left_out(rows: list[Row], energies: Iterable[str]) -> list[str]:
+    """Returns what the totals do not have in them, and why."""
+    notes = []
+    for key in energies:
+        if left := [r.name for r in rows if r.status == "analyzed" and key not in r.values]:
+            shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            notes.append(f"{key}: too few neurons, or so many that it must be asked for by name, at {shown}")
+    if broken := [r.name for r in rows if r.status == "non-finite"]:
+        notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
+    return notes
 
 
 def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool, quick: bool) -> Row:
