@@ -18,7 +18,8 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
@@ -26,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from groundstate.energies.base import FunctionEnergy, Traits, require
+from groundstate.energies.base import Estimate, FunctionEnergy, Traits, require
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.jacobian.function import blame, frozen
+from groundstate.jacobian.function import blame, frozen, supplied
 from groundstate.layers import unwrapped
-from groundstate.norms.gaussian import negative_log_density
+from groundstate.norms.gaussian import value_and_gradient
 from groundstate.norms.spectral import working_dtype
 
 Scaling = Literal["normalized", "paper"]
@@ -40,10 +41,11 @@ Sampler = Callable[[Tensor, torch.Generator], Tensor]
 
 # What belongs to a model but not to an energy, for as long as the model lives.
 _given_priors: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-_made_priors: WeakKeyDictionary[nn.Module, dict[Any, nn.Module]] = WeakKeyDictionary()
+_made_priors: WeakKeyDictionary[nn.Module, dict[Any, Callable[[Tensor], Tensor]]] = WeakKeyDictionary()
 _contexts: WeakKeyDictionary[nn.Module, Tensor | Sampler] = WeakKeyDictionary()
 
 _SMALLEST_IMAGE = 8  # a row of 64, 81, ... features counts as a square image, one of 4, 9, ..., 49 does not
+_MOST_CONTEXTS = 16  # of one estimate
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,36 +54,33 @@ class FunctionSpacePrior(FunctionEnergy):
 
     With ``scaling="normalized"`` the value is R / (N C), N evaluated points and C outputs, without log det K and other
     constants: a strength means about the same for any batch, context and class count. With ``scaling="paper"`` it is
-    R / train_size with all constants, so that mean cross-entropy + 1.0 * energy is the loss of the paper, whose
-    strength grows with the number of points and falls with the size of the data set. Strength s of the normalized form
-    acts as the paper's loss where s = N C / train_size: 0.043 for 256 joint points, 10 classes, 60 000 images.
+    R / train_size with all constants, so that mean cross-entropy + 1.0 * energy is the loss of the paper (where also
+    ``points="joint", context_size=None``), whose strength grows with the number of points and falls with the size of
+    the data set. Strength s of the normalized form acts as the paper's loss where s = N C / train_size: 0.043 for 256
+    joint points, 10 classes, 60 000 images.
 
     The network is evaluated in eval mode at all points at once; nothing of it changes. The default prior network is
     made once per model and kept as long as it; its batch normalizations use the statistics of the points.
 
-    Pitfalls: confidence falls on the data too, so the calibration error (ECE) rises while outliers are found better. An
-    MLP on the 8x8 digits (3 seeds), ECE and AUROC on uniform noise in percent: without 1.4 and 92.5; strength 0.25 10
-    and 100; with ``points="context"`` 3.0 and 100, at strength 0.05 1.9 and 100. Report both, and prefer
-    ``points="context"`` where calibration counts. A context like the test set of outliers leaks it, so the built-in
-    ones never invert or solarize. In the normalized form the weight prior, a part of R, falls as N grows.
-
+    RESULTS
     Attributes:
-        c: Covariance scale of the features, at least 0; 0 leaves ||F||^2 / (2 d).
+        c: Covariance scale of the features, at least 0; 0 leaves ||F||^2 / (2 d) and needs no prior network.
         d: Variance that the features need not explain, above 0.
         v: Variance of a Gaussian prior on all parameters; ``None``: none.
         scaling: ``"normalized"`` or ``"paper"``.
-        context: ``"augment"``: shifted, flipped, brightened, blurred or noisy images of the batch (of 4 dimensions, or
-            rows of 64, 81, ... features); features permuted among the samples, with noise, of any other batch.
+        context: ``"augment"``: shifted and flipped images of the batch in other light (of 4 dimensions, or rows of 64,
+            81, ... features); features permuted among the samples, with noise, of any other batch.
             ``"noise"``: uniform between the batch's least and largest entry. ``"user"``: from `set_context`.
-        points: Where the prior acts: ``"joint"``, batch and context, or ``"context"`` alone.
-        context_size: Number of context points; ``None``: as many as the batch has (a user's sampler: as it gives).
+        points: Where the prior acts: ``"context"`` alone, or ``"joint"``, the batch too, as in the paper.
+        context_size: Number of context points; ``None``, and at most for ``"augment"``: as many as the batch has. Of a
+            user's function all points count.
         train_size: Number of training samples; required by, and only for, ``scaling="paper"``.
         prior_seed: Key of the initial weights of the default prior network.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
     >>> set_context(model, torch.zeros(1, 2))  # logits 7 and 0; c = 0: 7^2 / (2 d) over two points
-    >>> energy = FunctionSpacePrior(c=0.0, d=2.0, context="user")
+    >>> energy = FunctionSpacePrior(c=0.0, d=2.0, context="user", points="joint", context_size=1)
     >>> energy.value(model, torch.tensor([[3.0, 4.0]]), probe=torch.Generator()).item()
     6.125
     """
@@ -91,8 +90,8 @@ class FunctionSpacePrior(FunctionEnergy):
     v: float | None = None
     scaling: Scaling = "normalized"
     context: Context = "augment"
-    points: Points = "joint"
-    context_size: int | None = None
+    points: Points = "context"
+    context_size: int | None = 16
     train_size: int | None = None
     prior_seed: int = 0
 
@@ -127,20 +126,11 @@ class FunctionSpacePrior(FunctionEnergy):
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
-        return (
-            cls(),
-            cls(c=1.0, d=10.0, context="noise", points="context", context_size=16),
-            cls(v=0.1, scaling="paper", train_size=60_000),
-        )
+        paper = cls(v=0.1, points="joint", context_size=None, scaling="paper", train_size=60_000)
+        return cls(), cls(c=1.0, d=10.0, context="noise", context_size=3), paper
 
     def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Tensor:
-        """Returns the energy as a scalar that autograd differentiates by the parameters of ``f``.
-
-        Args:
-            f: A module from ``(N, ...)`` to logits ``(N, C)``.
-            x: The batch ``(B, ...)``, of at least one sample.
-            y: Not used.
-            probe: Generator of the context points; the only randomness.
+        """Returns the energy; ``f`` is a module from ``(N, ...)`` to logits ``(N, C)``, ``y`` is not used.
 
         Raises:
             UsageError: no prior network or no context can be made, an empty batch, shapes that do not fit.
@@ -149,41 +139,57 @@ class FunctionSpacePrior(FunctionEnergy):
         model = _module(f)
         require(isinstance(probe, torch.Generator), f"probe must be a torch.Generator, got {type(probe).__name__}")
         x = _checked(x, model, "input x")
-        prior = _prior_network(model, self.prior_seed)
+        with frozen(model) as run:
+            with torch.no_grad():
+                context = self._context(model, x, probe)
+                points = torch.cat([x, context]) if self.points == "joint" else context
+                phi = _prior_features(model, self.prior_seed, points) if self.c > 0 else None
+            with torch.set_grad_enabled(run.grad_wanted):
+                logits = run(points)
+                values = logits.detach()
+                if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
+                    raise blame(f, points, repr(self))
+                phi = values[:, :0] if phi is None else phi
+                energy, grad = value_and_gradient(values, phi, self.c, self.d, log_det=self.scaling == "paper")
+                energy = supplied(energy, [logits], [grad])
+                if self.v is not None:
+                    squares = [p.to(working_dtype(p.dtype)).square().sum() for p in model.parameters()]
+                    energy = energy + torch.stack(squares).sum() / (2 * self.v)
+                return run.settle(energy / (self.train_size or logits.numel()))
+
+    def estimate(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Estimate:
+        """Measures E; of ``points="context"`` the mean over up to 16 contexts, from disjoint parts of the batch.
+
+        The standard error is that of this mean. It is ``None`` for ``points="joint"``, where all points are coupled,
+        and where the batch has fewer than two contexts of ``context_size``. Arguments and errors as of `value`.
+        """
+        x = _checked(x, _module(f), "input x")
+        parts = [x]
+        if self.points == "context" and self.context_size is not None and len(x) >= 2 * self.context_size:
+            order = torch.randperm(len(x), generator=probe, device=probe.device).to(x.device)
+            parts = x[order].tensor_split(min(_MOST_CONTEXTS, len(x) // self.context_size))
         with torch.no_grad():
-            context = self._context(model, x, probe)
-            points = torch.cat([x, context]) if self.points == "joint" else context
-        phi = penultimate_features(prior, points)
-        with frozen(model) as run, torch.set_grad_enabled(run.grad_wanted):
-            logits = run(points)
-            if not bool(logits.detach().isfinite().all()):
-                raise blame(f, points, repr(self))
-            energy = negative_log_density(logits, phi, self.c, self.d, log_det=self.scaling == "paper")
-            if self.v is not None:
-                squares = [p.to(working_dtype(p.dtype)).square().sum() for p in model.parameters()]
-                energy = energy + torch.stack(squares).sum() / (2 * self.v)
-            return run.settle(energy / (self.train_size or logits.numel()))
+            values = torch.stack([self.value(f, part, probe=probe) for part in parts])
+        left_out = "" if self.scaling == "paper" else ", without log det K and other constants"
+        return replace(Estimate.of(values, f"contexts drawn: {len(parts)}{left_out}"), samples=len(x))
 
     def _context(self, model: nn.Module, x: Tensor, probe: torch.Generator) -> Tensor:
         if self.context == "user":
             return _users_context(model, x, self.context_size, probe)
         if not x.is_floating_point():
             raise UsageError(f"context={self.context!r} needs real inputs, got {x.dtype}: convert, or see set_context")
-        size = self.context_size or len(x)
         work = x.to(working_dtype(x.dtype))
         if self.context == "noise":
             low, high = (float(bound) for bound in work.aminmax())
-            return (low + (high - low) * _uniform((size, *x.shape[1:]), work, probe)).to(x.dtype)
-        order = torch.randperm(len(x), generator=probe, device=probe.device)
-        base = work[order[torch.arange(size, device=order.device) % len(x)].to(x.device)]
+            shape = (self.context_size or len(x), *x.shape[1:])
+            return (low + (high - low) * _uniform(shape, work, probe)).to(x.dtype)
+        order = torch.randperm(len(x), generator=probe, device=probe.device)[: self.context_size]
+        base = work.index_select(0, order.to(x.device))
         side = math.isqrt(base[0].numel())
-        if x.ndim == 4:
-            changed = augmented_images(base, probe)
-        elif x.ndim == 2 and side >= _SMALLEST_IMAGE and side**2 == x.shape[1]:
-            changed = augmented_images(base.reshape(size, 1, side, side), probe)
-        else:
-            changed = _permuted_features(base.reshape(size, -1), probe)
-        return changed.reshape(base.shape).to(x.dtype)
+        if x.ndim == 2 and side >= _SMALLEST_IMAGE and side**2 == x.shape[1]:
+            base = base.view(-1, 1, side, side)
+        changed = augmented_images(base, probe) if base.ndim == 4 else _permuted_features(base.flatten(1), probe)
+        return changed.view(-1, *x.shape[1:]).to(x.dtype)
 
 
 def set_prior(model: nn.Module, prior: nn.Module | None) -> None:
@@ -221,10 +227,8 @@ def set_context(model: nn.Module, sampler: Tensor | Sampler | None) -> None:
     if sampler is None:
         _contexts.pop(model, None)
         return
-    if isinstance(sampler, Tensor):
-        require(sampler.ndim > 0 and len(sampler) > 0, f"the context of shape {tuple(sampler.shape)} has no points")
-    else:
-        require(callable(sampler), f"the context must be a tensor or a function, got {type(sampler).__name__}")
+    points = isinstance(sampler, Tensor) and sampler.ndim > 0 and len(sampler) > 0
+    require(points or callable(sampler), f"the context must be a function or at least one point, got {_kind(sampler)}")
     _contexts[model] = sampler
 
 
@@ -252,50 +256,34 @@ def penultimate_features(network: nn.Module, points: Tensor) -> Tensor:
             "penultimate features: give another network by set_prior(model, network)"
         )
     module, features = last[0]
-    if features.ndim == 0 or len(features) != len(points) or not features.is_floating_point():
-        raise UsageError(
-            f"the last layer {type(module).__name__} of the prior network takes {features.dtype} of shape "
-            f"{tuple(features.shape)} for {len(points)} points: expected real features, one row per point"
-        )
-    return features.reshape(len(points), -1)
+    return _one_row_per_point(features, points, module)
+
+
+def _one_row_per_point(features: Any, points: Tensor, last: nn.Module) -> Tensor:
+    real = isinstance(features, Tensor) and features.is_floating_point() and features.ndim > 0
+    require(
+        real and len(features) == len(points),
+        f"the last layer {type(last).__name__} of the prior network takes {_kind(features)} for {len(points)} points: "
+        "expected real features, one row per point",
+    )
+    return features.flatten(1) if features.ndim > 1 else features[:, None]
 
 
 def augmented_images(images: Tensor, probe: torch.Generator) -> Tensor:
-    """Returns images ``(N, channels, height, width)`` shifted by up to an eighth, flipped or not, and in other light.
+    """Returns images ``(N, channels, height, width)`` shifted, flipped or not, and in other light, all in the same way.
 
-    Brightness and contrast change by factors from 0.5 to 1.5 (never below 0: no inversion); then the first half is
-    blurred and the second made noisy; all stays between the least and the largest entry.
+    They move by up to an eighth, cyclically. Differences from a level between the least entry (then it is brightness)
+    and the mean (contrast) change by a factor from 0.5 to 1.5, never below 0: nothing is inverted. All stays between
+    the least and the largest entry. One change for all costs a third of one each, and the next step draws another.
     """
-    n, channels, height, width = images.shape
     low, high = (float(bound) for bound in images.aminmax())
-    u = _uniform((6, n, 1), images, probe)
-    rows, columns = _shifted(height, u[0]), _shifted(width, u[1])
-    columns = torch.where(u[2] < 0.5, width - 1 - columns, columns)
-    index = (rows[:, :, None] * width + columns[:, None, :]).reshape(n, 1, -1).expand(-1, channels, -1)
-    made = images.flatten(2).gather(2, index).flatten(1)
-    gain, contrast = 0.5 + u[3], 0.5 + u[4]
-    offset = low + gain * ((1 - contrast) * made.mean(1, keepdim=True) - low)
-    made.mul_(gain * contrast).add_(offset)
-    half = n // 2
-    noise = _uniform((n - half, made.shape[1]), images, probe).sub_(0.5)
-    made[half:] += noise.mul_(0.35 * (high - low) * u[5, half:])  # standard deviations up to 0.1 of the range
-    made = made.view_as(images)
-    made[:half] = _blurred(_blurred(made[:half], 2), 3)
-    return made.clamp_(low, high)
-
-
-def _blurred(images: Tensor, dim: int) -> Tensor:
-    """Returns the means with weights 1/4, 1/2, 1/4 along a dimension, the edge repeated."""
-    side = images.shape[dim]
-    padded = torch.cat([images.narrow(dim, 0, 1), images, images.narrow(dim, side - 1, 1)], dim)
-    return (padded.narrow(dim, 0, side) + padded.narrow(dim, 2, side)).add_(images, alpha=2).mul_(0.25)
-
-
-def _shifted(side: int, u: Tensor) -> Tensor:
-    """Returns the pixels 0..side-1 moved by up to side / 8, ``(N, side)``; those outside repeat the edge."""
-    most = side // 8
-    shift = (u * (2 * most + 1)).long() - most
-    return (torch.arange(side, device=u.device) + shift).clamp_(0, side - 1)
+    right, down, flip, gain, level = torch.rand(5, generator=probe, device=probe.device).tolist()
+    shifts = [int(u * (2 * (side // 8) + 1)) - side // 8 for u, side in zip((down, right), images.shape[2:])]
+    made = images.roll(shifts, (2, 3))
+    if flip < 0.5:
+        made = made.flip(3)
+    gain, level = gain + 0.5, low + level * (float(made.mean()) - low)
+    return made.mul_(gain).add_(level * (1 - gain)).clamp_(low, high)
 
 
 def _permuted_features(rows: Tensor, probe: torch.Generator) -> Tensor:
@@ -318,37 +306,45 @@ def _users_context(model: nn.Module, x: Tensor, size: int | None, probe: torch.G
     else:
         context = sampler(x, probe)
     fits = isinstance(context, Tensor) and context.ndim == x.ndim and context.shape[1:] == x.shape[1:]
-    if not fits or len(context) == 0 or (size is not None and len(context) != size):
-        got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-        raise UsageError(f"the context must be {size or 'some'} points of shape {tuple(x.shape[1:])}, got {got}")
+    require(fits, f"the context must be points of shape {tuple(x.shape[1:])}, got {_kind(context)}")
     return _checked(context, model, "context").to(x)
 
 
 def _checked(x: Any, model: nn.Module, what: str) -> Tensor:
     """Returns the points detached and in the dtype of the model's parameters."""
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise UsageError(f"the {what} must be a tensor of at least one sample, the batch first, got {got}")
+        raise UsageError(f"the {what} must be a tensor of at least one sample, the batch first, got {_kind(x)}")
     if not x.is_floating_point():
         return x.detach()
-    if not bool(x.detach().sum().isfinite()) and (bad := int((~x.detach().isfinite()).sum())):  # the sum is faster
+    if not math.isfinite(float(x.detach().sum())) and (bad := int((~x.detach().isfinite()).sum())):  # the sum is faster
         raise NonFiniteError(f"the {what} of shape {tuple(x.shape)} has {bad} NaN or infinite entries: remove them")
     first = _first_parameter(model)
     return x.detach() if first is None else x.detach().to(first.dtype)
 
 
-def _prior_network(model: nn.Module, seed: int) -> nn.Module:
+def _prior_features(model: nn.Module, seed: int, points: Tensor) -> Tensor:
     given, first = _given_priors.get(model), _first_parameter(model)
     if given is not None:
-        return given
+        return penultimate_features(given, points)
     if first is None:
         raise UsageError(f"{type(model).__name__} has no parameters: no prior network can be made of it")
     made = _made_priors.setdefault(model, {})
     key = seed, first.dtype, first.device
     if key not in made:
         with torch.inference_mode(False):
-            made[key] = _reinitialized(model, seed).to(first.device)
-    return made[key]
+            made[key] = _features_of(_reinitialized(model, seed).to(first.device))
+    two = points if len(points) > 1 else torch.cat([points, points])  # batch statistics of one point are refused
+    return made[key](two)[: len(points)]
+
+
+def _features_of(prior: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns `penultimate_features` of a network that is ours; a sequence without state needs no hooks."""
+    layers = list(prior) if type(prior) is nn.Sequential else []
+    last = max((i for i, m in enumerate(layers) if next(m.parameters(), None) is not None), default=-1)
+    if last < 0 or list(layers[last].children()) or next(prior.buffers(), None) is not None:
+        return partial(penultimate_features, prior)
+    before, end = nn.Sequential(*layers[:last]), layers[last]
+    return lambda points: _one_row_per_point(before(points), points, end)
 
 
 def _module(model: Any) -> nn.Module:
@@ -358,6 +354,10 @@ def _module(model: Any) -> nn.Module:
 
 def _first_parameter(model: nn.Module) -> Tensor | None:
     return next((p for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _finite(value: object) -> TypeGuard[float]:

@@ -64,34 +64,67 @@ def negative_log_density(
     >>> negative_log_density(f, torch.zeros(2, 0), c=0.0, d=1.0)  # 2 + log(2 pi)
     tensor(3.8379)
     """
+    return _density(f, phi, c, d, method, log_det)[0]
+
+
+def value_and_gradient(
+    f: Tensor, phi: Tensor, c: float, d: float, *, method: Method = "auto", log_det: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Returns `negative_log_density` and its gradient K^-1 f, shape and dtype of ``f``, without a graph.
+
+    Arguments, errors and cost as there; a small problem takes half the time of autograd.
+
+    >>> value_and_gradient(torch.tensor([[2.0], [0.0]]), torch.zeros(2, 0), c=0.5, d=1.0, log_det=False)
+    (tensor(1.5000), tensor([[ 1.5000],
+            [-0.5000]]))
+    """
+    with torch.no_grad():
+        value, grad = _density(f, phi, c, d, method, log_det)
+    return value, grad.to(f.dtype)
+
+
+def _density(f: Tensor, phi: Tensor, c: float, d: float, method: str, log_det: bool) -> tuple[Tensor, Tensor]:
     _check(f, phi, c, d, method)
     points, outputs = f.shape
+    ratio = c / d
     narrow = method == "woodbury" or (method == "auto" and phi.shape[1] + 1 < points)
-    p, factor = _factor(phi.detach(), c / d, narrow, working_dtype(f.dtype))
-    values = f.to(p.dtype)
-    if narrow:
-        w = torch.cholesky_solve(p.mT @ values, factor)
-        quadratic = (values - (c / d) * (p @ w)).square().sum() + (c / d) * w.square().sum()
+    if c == 0:
+        rest, log_det_a = f.to(working_dtype(f.dtype)), 0.0
+        quadratic = rest.square().sum()
     else:
-        quadratic = torch.linalg.solve_triangular(factor, values, upper=False).square().sum()
+        p, factor = _factor(phi.detach(), ratio, narrow, working_dtype(f.dtype))
+        values = f.to(factor.dtype)
+        if narrow:
+            w = torch.cholesky_solve(p.mT @ values, factor)
+            rest = values - ratio * (p @ w)
+            quadratic = rest.square().sum() + ratio * w.square().sum()
+        else:
+            half = torch.linalg.solve_triangular(factor, values, upper=False)
+            rest = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            quadratic = half.square().sum()
+        log_det_a = 2 * factor.diagonal().log().sum() if log_det else 0.0
     total = quadratic / (2 * d)
     if log_det:
-        total = total + outputs * (factor.diagonal().log().sum() + points / 2 * math.log(2 * math.pi * d))
+        total = total + outputs / 2 * (log_det_a + points * math.log(2 * math.pi * d))
     total = total.to(working_dtype(f.dtype))
-    if not bool(total.isfinite()):
+    if not math.isfinite(float(total.detach())):
         raise NonFiniteError(
             f"the negative log density of values up to {float(f.detach().abs().max()):.3g} with d={d:g} overflows "
             f"{str(total.dtype).removeprefix('torch.')}: scale f down, or raise d"
         )
-    return total
+    return total, rest / d
 
 
 def _factor(phi: Tensor, ratio: float, narrow: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns P = [phi, 1] and the Cholesky factor of I + ratio P^T P (``narrow``) or I + ratio P P^T."""
+    """Returns ``(P, L)``: P = [phi, 1], L L^T = I + ratio P^T P if ``narrow``; else phi and L L^T = I + ratio P P^T."""
     bound = math.nan
     for work in dict.fromkeys((dtype, torch.float64)):
-        p = torch.cat([phi.to(work), torch.ones(phi.shape[0], 1, dtype=work, device=phi.device)], dim=1)
-        gram = p.mT @ p if narrow else p @ p.mT
+        p = phi.to(work)
+        if narrow:
+            p = torch.cat([p, p.new_ones(len(p), 1)], dim=1)
+            gram = p.mT @ p
+        else:
+            gram = (p @ p.mT).add_(1.0)
         bound = ratio * float(torch.linalg.vector_norm(gram))
         if bound <= _LARGEST[work]:  # False for NaN too
             gram.mul_(ratio).diagonal().add_(1.0)
@@ -126,5 +159,7 @@ def _check(f: Tensor, phi: Tensor, c: float, d: float, method: str) -> None:
             f"{tuple(phi.shape)}"
         )
     for name, t in (("function values f", f), ("features phi", phi)):
-        if not bool(t.detach().sum().isfinite()) and (bad := int((~t.detach().isfinite()).sum())):  # the sum is faster
+        if not math.isfinite(float(t.detach().sum())) and (
+            bad := int((~t.detach().isfinite()).sum())
+        ):  # the sum is faster
             raise NonFiniteError(f"the {name} of shape {tuple(t.shape)} have {bad} NaN or infinite entries")

@@ -29,9 +29,10 @@ from torch import Tensor
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms.spectral import refuse_nonfinite, working_dtype
 from groundstate.norms.sphere_autograd import differentiable
-from groundstate.norms.sphere_blocks import Progress, pair_sums
+from groundstate.norms.sphere_blocks import pair_sums
 from groundstate.norms.sphere_directions import Directions, by_weights, checked, directions, zero_rows
 from groundstate.norms.sphere_law import Law, law
+from groundstate.norms.sphere_parallel import Progress
 
 OnZero = Literal["error", "exclude"]
 

@@ -13,7 +13,6 @@ Reference: W. Liu et al., "Learning towards Minimum Hyperspherical Energy" (2018
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from threading import get_ident
 from typing import NamedTuple
 
@@ -23,9 +22,7 @@ from torch import Tensor
 from groundstate.errors import UsageError
 from groundstate.norms.sphere_directions import Directions
 from groundstate.norms.sphere_law import Exact, Law, exact, fast
-from groundstate.norms.sphere_parallel import rounds, run
-
-Progress = Callable[[int, int], object]
+from groundstate.norms.sphere_parallel import Progress, rounds, run
 
 
 class Sums(NamedTuple):
@@ -86,10 +83,9 @@ def pair_sums(of: Directions, rule: Law, gradient: bool, progress: Progress | No
     size = block_size(of.u.device)
     step = max(1, size**2 // count**2)
     batches = [slice(k, min(k + step, groups)) for k in range(0, groups, step)]
-    games = rounds(-(-count // size))
-    slots = sum(map(len, games))
+    pairs = [pair for played in rounds(-(-count // size)) for pair in played]
     g = torch.zeros_like(of.u) if gradient else None
-    found = torch.zeros(2, slots, groups, dtype=torch.float64, device=of.u.device)
+    found = torch.zeros(2, len(pairs), groups, dtype=torch.float64, device=of.u.device)
     scratch = _Scratch(of.u, max(size**2, step * count**2) if count <= size else size**2)
 
     def task(batch: slice, i: int, j: int, slot: int) -> None:
@@ -100,12 +96,8 @@ def pair_sums(of: Directions, rule: Law, gradient: bool, progress: Progress | No
         share = 0.5 if i == j else 1.0
         found[0, slot, batch], found[1, slot, batch] = share * f.sum(-1), share * clipped.sum(-1)
 
-    slot = done = 0
-    for played in games:
-        run(task, [(b, i, j, slot + k) for k, (i, j) in enumerate(played) for b in batches], of.u.device)
-        slot, done = slot + len(played), done + len(played) * len(batches)
-        if progress is not None:
-            progress(done, slots * len(batches))
+    games = [({(b.start, i), (b.start, j)}, (b, i, j, slot)) for slot, (i, j) in enumerate(pairs) for b in batches]
+    run(task, games, of.u.device, progress)
     return Sums(found[0].sum(0), g, found[1].sum(0).long())
 
 
@@ -143,7 +135,7 @@ def row_sums(of: Directions, chosen: Tensor, rule: Law, gradient: bool) -> Sums:
             g[0].index_add_(0, part, left.gradient[0])
 
     for part, out in zip(chosen.split(size), found.split(size, 1), strict=True):
-        run(task, [(part, out)], of.u.device)
+        run(task, [((), (part, out))], of.u.device)
     return Sums(found[0], g, found[1].long())
 
 

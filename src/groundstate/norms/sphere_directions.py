@@ -88,7 +88,7 @@ def directions(w: Tensor, dtype: torch.dtype) -> Directions:
             x = x / scale[g, rows, None]
             n = torch.linalg.vector_norm(x, dim=-1)
         norm[g, rows] = n
-        u[g, rows] = x.div_(n[..., None])
+        u[g, rows] = x / n[..., None]  # not in place: for float64 x may be w itself
     if zeros:
         raise UsageError(
             f"{zeros} of {groups * count} neurons are zero and have no direction: leave them out (on_zero='exclude')"

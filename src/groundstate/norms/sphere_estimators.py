@@ -4,7 +4,7 @@ Idea: the energy is the mean over neurons i of e_i, the mean of f over the pairs
 the others costs m N d where the whole costs N^2 d / 2. Its error falls by orders of magnitude when only what differs
 from a polynomial is sampled, because a polynomial of degree two has its mean over all pairs in closed form::
 
-    f = T + (f - T),    T(c) = 2^-b (1 + b c + b (b + 1) / 2 c^2),   b = s / 2     (s = 0: -log(2) / 2 + c / 2 + c^2 / 4)
+    f = T + (f - T),    T(c) = 2^-b (1 + b c + b (b + 1) / 2 c^2),  b = s / 2   (s = 0: -log(2) / 2 + c / 2 + c^2 / 4)
     sum_{i,j} c_ij = |sum u|^2,       sum_{i,j} c_ij^2 = ||U^T U||_F^2
 
 In d dimensions cosines are about d^-1/2, so f - T is small, unless a few pairs are so close that they outweigh all
@@ -149,7 +149,8 @@ def _estimate(
             "tells nothing: use the exact energy, or sampled with care"
         )
     values, errors, grads = [], [], []
-    for one in flat.split(1):
+    for k in range(flat.shape[0]):
+        one = flat[k : k + 1]
         value, error, grad = _single(directions(one, dtype_for(one, rule.s)), rule, rows, generator, gradient, moments)
         values.append(value)
         errors.append(error)
@@ -196,7 +197,7 @@ def _moments(u: Tensor, rule: Law) -> _Moments:
     for start in range(0, d, _COLUMNS):
         end = min(start + _COLUMNS, d)
         m[start:end, :end] = u[:, start:end].mT @ u[:, :end]
-    return _Moments(t0, t1, t2, u.sum(0, dtype=torch.float64), m.tril() + m.tril(-1).mT)
+    return _Moments(t0, t1, t2, u.sum(0).double(), m.tril() + m.tril(-1).mT)
 
 
 def _polynomial_sums(u: Tensor, drawn: Tensor, at: _Moments) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,28 @@
 """Blocks in parallel with one thread inside each, in an order that does not depend on the number of threads.
 
-Idea: a round-robin tournament deals out the pairs of blocks. In one round no block plays twice, so its games write to
-different rows and may run at once; rounds follow one another, so each row receives its contributions in a fixed order.
+Idea: a game is a pair of blocks, whose rows it writes to. Each player plays his games in the order of the list, so each
+row receives its contributions in a fixed order; a thread takes the next game of the list and waits until both players
+have finished their earlier ones. The list is that of a round-robin tournament, where nobody plays twice in a round: so
+next to no thread ever waits. A game waits only for games further up the list, so they cannot wait for one another.
 
-The many small kernels of a block are no work for several threads each: they would wait for one another most of the
-time. Threads that torch itself would use inside a kernel are set per thread, so the workers of the pool have one, for
+The many small kernels of a block are no work for several threads each: these would wait for one another most of the
+time. The number of threads that torch uses inside a kernel is set per thread, so the workers of the pool have one, for
 good, and the setting of the caller is not touched.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from threading import Barrier, Lock
+from threading import Barrier, Condition, Lock
+from typing import Any
 
 import torch
+
+Progress = Callable[[int, int], object]
+Game = tuple[Collection[Hashable], tuple[Any, ...]]  # the players, the arguments of the task
 
 _lock = Lock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None
@@ -40,43 +46,90 @@ def rounds(players: int) -> list[list[tuple[int, int]]]:
     return made
 
 
-def run(task: Callable[..., object], arguments: Sequence[tuple], device: torch.device) -> None:
-    """Calls the task with each of the arguments, on as many threads as torch may use here.
+def run(
+    task: Callable[..., object], games: Sequence[Game], device: torch.device, progress: Progress | None = None
+) -> None:
+    """Calls the task with the arguments of each game, on as many threads as torch may use here.
+
+    ``progress(done, all)`` is called in this thread.
 
     Raises:
-        Whatever a task raises; the tasks that had not begun by then are dropped.
+        Whatever a task or the progress raises; games that had not begun by then are dropped.
     """
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu":
-        for each in arguments:
-            task(*each)
+        for k, (_, arguments) in enumerate(games, 1):
+            task(*arguments)
+            if progress is not None:
+                progress(k, len(games))
         return
-    todo = deque(arguments)
-    inference = torch.is_inference_mode_enabled()  # of this thread; the workers must write to its tensors
-
-    def work() -> None:
-        try:
-            with torch.inference_mode(inference):
-                while (each := _next(todo)) is not None:
-                    task(*each)
-        finally:
-            todo.clear()
-
+    play = _Play(task, games)
     pool = _workers(threads)
-    futures = [pool.submit(work) for _ in range(min(threads, len(todo)))]
+    futures = [pool.submit(play.work) for _ in range(min(threads, len(games)))]
     try:
+        if progress is not None:
+            play.watch(progress)
         for future in futures:
             future.result()
     finally:
-        todo.clear()
+        play.stop()
         wait(futures)
 
 
-def _next(todo: deque[tuple]) -> tuple | None:
-    try:
-        return todo.popleft()
-    except IndexError:  # another thread was faster
-        return None
+class _Play:
+    """The state of one list of games that several threads play."""
+
+    def __init__(self, task: Callable[..., object], games: Sequence[Game]) -> None:
+        self._task, self._games = task, games
+        self._inference = torch.is_inference_mode_enabled()  # of the caller; the workers write to its tensors
+        self._changed = Condition()
+        self._begun = self._done = 0
+        self._stopped = False
+        self._entered: Counter[Hashable] = Counter()  # games of a player that a thread has taken
+        self._left: Counter[Hashable] = Counter()  # and those it has finished
+
+    def work(self) -> None:
+        """Plays until no game is left."""
+        try:
+            with torch.inference_mode(self._inference):
+                while (game := self._next()) is not None:
+                    self._task(*game[1])
+                    with self._changed:
+                        self._left.update(game[0])
+                        self._done += 1
+                        self._changed.notify_all()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _next(self) -> Game | None:
+        with self._changed:
+            if self._stopped or self._begun == len(self._games):
+                return None
+            game = self._games[self._begun]
+            self._begun += 1
+            earlier = [(player, self._entered[player]) for player in game[0]]
+            self._entered.update(game[0])
+            self._changed.wait_for(lambda: self._stopped or all(self._left[p] == count for p, count in earlier))
+            return None if self._stopped else game
+
+    def watch(self, progress: Progress) -> None:
+        """Calls progress, in this thread, whenever games were finished, until all are or one failed."""
+        shown, total = 0, len(self._games)
+        while shown < total:
+            with self._changed:
+                while not self._stopped and self._done == shown:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                shown = self._done
+            progress(shown, total)
+
+    def stop(self) -> None:
+        """Lets no further game begin."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:
