@@ -312,7 +312,8 @@ def draw(result: dict[str, Any]) -> None:
         for r in settings:
             if r.name == "none":
                 axis.axhline(100 * r.mean(part, key), color="gray", linestyle="--", label="without")
-        axis.axhline(2 if key == "ece" else 99, color="black", linewidth=0.8, linestyle=":", label="target")
+        if key != "inverted":
+            axis.axhline(2 if key == "ece" else 99, color="black", linewidth=0.8, linestyle=":", label="target")
         axis.set(xscale="log", xlabel="strength", title=title)
     axes[0].set_yscale("log")
     axes[0].legend(frameon=False)

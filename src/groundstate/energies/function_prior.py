@@ -56,24 +56,26 @@ class FunctionSpacePrior(FunctionEnergy):
     constants: a strength means about the same for any batch, context and class count. With ``scaling="paper"`` it is
     R / train_size with all constants, so that mean cross-entropy + 1.0 * energy is the loss of the paper (where also
     ``points="joint", context_size=None``), whose strength grows with the number of points and falls with the size of
-    the data set. Strength s of the normalized form acts as the paper's loss where s = N C / train_size: 0.043 for 256
-    joint points, 10 classes, 60 000 images.
+    the data set: it is the normalized form of strength N C / train_size, 0.043 for N = 256, C = 10, 60 000 images.
 
-    The network is evaluated in eval mode at all points at once; nothing of it changes. The default prior network is
-    made once per model and kept as long as it; its batch normalizations use the statistics of the points.
+    The default prior network is made once per model and kept as long as it; its batch normalizations use the statistics
+    of the points. Measured on MNIST (docs/function_prior.md), calibration error and AUROC on uniform noise in percent:
+    without 1.6 and 98.3; strength 0.03 0.9 and 100.0; strength 1 4.8 and 99.8. A step takes 2.2 plain ones; 1.3 with
+    ``Regularizer(..., every=4)``, hardly worse; 4.7 for ``"joint"`` with 128 points. c = 0 does as well there.
 
-    RESULTS
+    Pitfalls: beyond the best strength confidence falls on the data too, with ``"joint"`` much sooner: choose it by the
+    validation loss. A context like the outliers of the test leaks them, so images are neither inverted nor made noisy.
+
     Attributes:
         c: Covariance scale of the features, at least 0; 0 leaves ||F||^2 / (2 d) and needs no prior network.
         d: Variance that the features need not explain, above 0.
         v: Variance of a Gaussian prior on all parameters; ``None``: none.
         scaling: ``"normalized"`` or ``"paper"``.
         context: ``"augment"``: shifted and flipped images of the batch in other light (of 4 dimensions, or rows of 64,
-            81, ... features); features permuted among the samples, with noise, of any other batch.
-            ``"noise"``: uniform between the batch's least and largest entry. ``"user"``: from `set_context`.
+            81, ... features), of others features permuted among the samples, with noise. ``"noise"``: uniform between
+            the batch's least and largest entry. ``"user"``: from `set_context`.
         points: Where the prior acts: ``"context"`` alone, or ``"joint"``, the batch too, as in the paper.
-        context_size: Number of context points; ``None``, and at most for ``"augment"``: as many as the batch has. Of a
-            user's function all points count.
+        context_size: Number of context points; ``None``: that of the batch, which is also the most of ``"augment"``.
         train_size: Number of training samples; required by, and only for, ``scaling="paper"``.
         prior_seed: Key of the initial weights of the default prior network.
 
@@ -218,7 +220,7 @@ def set_context(model: nn.Module, sampler: Tensor | Sampler | None) -> None:
     Args:
         model: The model whose energy they are for; they live as long as it does and are saved with nothing.
         sampler: Points ``(M, *shape)`` to draw from with replacement, or a function of the batch and a generator that
-            returns points. The function must take its randomness from that generator, and not refer to the model.
+            returns any number. The function must take its randomness from that generator, and not refer to the model.
 
     Raises:
         UsageError: no points, or neither a tensor nor a function.
