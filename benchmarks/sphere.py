@@ -30,7 +30,7 @@ from runner import compare, save
 from torch import Tensor
 
 from groundstate.norms import sphere
-from groundstate.norms.sphere_estimators import estimate, sampled
+from groundstate.norms.sphere.estimators import estimate, sampled
 
 STATUS = Path("/proc/self/status")
 

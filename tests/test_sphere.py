@@ -14,8 +14,8 @@ from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms import sphere
-from groundstate.norms.sphere_blocks import block_size
-from groundstate.norms.sphere_parallel import rounds, run
+from groundstate.norms.sphere.blocks import block_size
+from groundstate.norms.sphere.parallel import rounds, run
 
 F64 = torch.float64
 BLOCK = block_size(torch.device("cpu"))

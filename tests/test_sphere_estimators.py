@@ -12,10 +12,10 @@ from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms import sphere
-from groundstate.norms.sphere_blocks import block_size, row_sums
-from groundstate.norms.sphere_directions import directions
-from groundstate.norms.sphere_estimators import Estimate, estimate, sampled
-from groundstate.norms.sphere_law import law
+from groundstate.norms.sphere.blocks import block_size, row_sums
+from groundstate.norms.sphere.directions import directions
+from groundstate.norms.sphere.estimators import Estimate, estimate, sampled
+from groundstate.norms.sphere.law import law
 
 F64 = torch.float64
 BLOCK = block_size(torch.device("cpu"))

@@ -12,9 +12,9 @@ from scipy import integrate, special
 from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms import sphere_floor
-from groundstate.norms.sphere_floor import Floor, floor, gap, uniformity
-from groundstate.norms.sphere_references import (
+from groundstate.norms.sphere import floor as sphere_floor
+from groundstate.norms.sphere.floor import Floor, floor, gap, uniformity
+from groundstate.norms.sphere.references import (
     _SPORADIC,
     angle_cdf,
     angle_density,

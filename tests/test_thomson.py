@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms.sphere_floor import floor
-from groundstate.norms.sphere_references import ground_state
-from groundstate.norms.thomson import _energy_and_grad, thomson
+from groundstate.norms.sphere.floor import floor
+from groundstate.norms.sphere.references import ground_state
+from groundstate.norms.sphere.thomson import _energy_and_grad, thomson
 
 
 def seeded(seed: int) -> torch.Generator:

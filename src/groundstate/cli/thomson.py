@@ -13,8 +13,8 @@ def thomson(output: Output, points: int, dimension: int, exponent: float, restar
     import torch
     from rich.text import Text
 
-    from groundstate.norms.sphere_floor import floor, gap
-    from groundstate.norms.thomson import thomson as solve
+    from groundstate.norms.sphere.floor import floor, gap
+    from groundstate.norms.sphere.thomson import thomson as solve
     from groundstate.report.thomson import draw, terminal
 
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from groundstate.energies.base import MatrixEnergy, Traits, require
 from groundstate.energies.hyperspherical import of_live
 from groundstate.norms.spectral import refuse_nonfinite, working_dtype
-from groundstate.norms.sphere_autograd import differentiable
+from groundstate.norms.sphere.autograd import differentiable
 
 _ROWS = 256  # rows of the matrix of cosines held at once
 _SINGLE = 15

@@ -4,7 +4,7 @@
 
 Minimum hyperspherical energy (MHE) pushes neurons apart; measured only, it tells how redundant a layer is, on an
 absolute scale: for every number of neurons and every dimension there is a certified lower bound, and the value of
-random directions (`groundstate.norms.sphere_floor`).
+random directions (`groundstate.norms.sphere.floor`).
 
 In the half-space form a neuron and its opposite count as the same line. In an output layer opposite classes are not
 redundant, so there the energy is always that of the full space. Neurons are rows: output channels of convolutions,
@@ -103,17 +103,18 @@ class HypersphericalEnergy(MatrixEnergy, Grounded):
 
     def ground(self, rows: int, columns: int) -> Ground:
         """Returns the certified floor for ``rows`` neurons of ``columns`` weights, and what random directions have."""
-        from groundstate.norms import sphere_floor, sphere_references
+        from groundstate.norms.sphere import floor as floors
+        from groundstate.norms.sphere import references
 
         if self.angular:
             raise UsageError("no floor is known for angular energies: compare with the Euclidean one")
         if min(rows, columns) < 2:
             raise UsageError(f"{rows} neurons of {columns} weights have no hyperspherical energy: 2 x 2 at least")
-        floor = sphere_floor.floor(rows, columns, self.s, self.half_space)
+        floor = floors.floor(rows, columns, self.s, self.half_space)
         if self.half_space:
-            random = sphere_references.random_half_space(rows, columns, self.s)
+            random = references.random_half_space(rows, columns, self.s)
         else:
-            random = sphere_references.random_mean(columns, self.s)
+            random = references.random_mean(columns, self.s)
         return Ground(floor.value, random, floor.method)
 
 

@@ -81,7 +81,7 @@ def _random(theta: np.ndarray, dimension: int) -> np.ndarray:
     """Returns the density per degree of the angle between two random directions."""
     import torch
 
-    from groundstate.norms.sphere_references import angle_density
+    from groundstate.norms.sphere.references import angle_density
 
     return angle_density(torch.from_numpy(theta), dimension).numpy() * math.pi / 180
 

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms.spectral import refuse_nonfinite, working_dtype
-from groundstate.norms.sphere_autograd import differentiable
-from groundstate.norms.sphere_blocks import pair_sums
-from groundstate.norms.sphere_directions import Directions, by_weights, checked, directions, zero_rows
-from groundstate.norms.sphere_law import Law, law
-from groundstate.norms.sphere_parallel import Progress
+from groundstate.norms.sphere.autograd import differentiable
+from groundstate.norms.sphere.blocks import pair_sums
+from groundstate.norms.sphere.directions import Directions, by_weights, checked, directions, zero_rows
+from groundstate.norms.sphere.law import Law, law
+from groundstate.norms.sphere.parallel import Progress
 
 OnZero = Literal["error", "exclude"]
 

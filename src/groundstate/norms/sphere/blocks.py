@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from groundstate.errors import UsageError
-from groundstate.norms.sphere_directions import Directions
-from groundstate.norms.sphere_law import Exact, Law, exact, fast
-from groundstate.norms.sphere_parallel import Progress, rounds, run
+from groundstate.norms.sphere.directions import Directions
+from groundstate.norms.sphere.law import Exact, Law, exact, fast
+from groundstate.norms.sphere.parallel import Progress, rounds, run
 
 
 class Sums(NamedTuple):

@@ -2,7 +2,7 @@ r"""Ground states of a few points on the sphere, by search: the Thomson problem 
 
 Idea: the energy sum_{i<j} f_s(|u_i - u_j|), f_s(r) = r^-s, f_0 = -log r, has many local minima. L-BFGS in the free
 coordinates w, u = w / |w|, started from many independent random configurations, finds the lowest of them for small N.
-The result is an upper bound of the ground state, no proof: with `sphere_floor.floor` it encloses the ground state.
+The result is an upper bound of the ground state, no proof: with `groundstate.norms.sphere.floor` it encloses it.
 
 With c = u_i . u_j and h(c) = f(sqrt(2 - 2c)), the gradient is g_i = sum_j h'(c_ij) u_j less its part along u_i.
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms.sphere_references import check
+from groundstate.norms.sphere.references import check
 
 Array = npt.NDArray[np.float64]
 

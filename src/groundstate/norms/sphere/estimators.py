@@ -26,10 +26,10 @@ from torch import Tensor
 from groundstate.errors import UsageError
 from groundstate.norms.spectral import working_dtype
 from groundstate.norms.sphere import dtype_for, finite, pair_mean, pair_weight
-from groundstate.norms.sphere_autograd import differentiable
-from groundstate.norms.sphere_blocks import row_sums
-from groundstate.norms.sphere_directions import Directions, by_weights, checked, directions
-from groundstate.norms.sphere_law import Law, law
+from groundstate.norms.sphere.autograd import differentiable
+from groundstate.norms.sphere.blocks import row_sums
+from groundstate.norms.sphere.directions import Directions, by_weights, checked, directions
+from groundstate.norms.sphere.law import Law, law
 
 # Closer pairs than this outweigh thousands of others at s = 2.
 _TOO_NEAR = 0.03

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms.sphere_references import (
+from groundstate.norms.sphere.references import (
     check,
     ground_state,
     potential,
