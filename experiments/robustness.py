@@ -334,7 +334,7 @@ def report(result: dict[str, Any]) -> str:
     for k, i in itertools.product(("cross_entropy", "logits"), (0, near)):
         side[f"cos {k} {LINEAR_RADII[i]:g}"] = lambda r, k=k, i=i: r["alignment"][k][i]
     strong = {k: lambda r, k=k: 100 * r[f"{k}_on_few"] for k in ("usual", "strong")}
-    times = result["costs"]["milliseconds"]
+    times = result.get("costs", {}).get("milliseconds", {})
     cost = [[k, *(f"{t[m] / times['none'][m]:.2f}" for m in ("median", "min"))] for k, t in times.items()]
     parts = {
         "Scan, seed 0, validation images": scan_table(runs),
