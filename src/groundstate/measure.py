@@ -285,6 +285,8 @@ def _evaluate(model: nn.Module | None, x: Tensor, y: Tensor) -> dict[str, float]
             f"data must be inputs and as many labels, at least one; got {len(x)} inputs and {len(y)} labels"
         )
     modes = [(m, m.training) for m in model.modules()]
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    x = x.to(first.dtype) if first is not None and x.is_floating_point() else x
     loss, right = 0.0, 0
     try:
         model.eval()
@@ -292,7 +294,11 @@ def _evaluate(model: nn.Module | None, x: Tensor, y: Tensor) -> dict[str, float]
             for inputs, labels in zip(x.split(1024), y.split(1024), strict=True):
                 outputs = model(inputs)
                 if labels.is_floating_point():
-                    loss += float(nn.functional.mse_loss(outputs, labels)) * len(labels)
+                    if outputs.shape != labels.shape:
+                        raise UsageError(
+                            f"outputs {tuple(outputs.shape)} and real targets {tuple(labels.shape)} differ"
+                        )
+                    loss += float(nn.functional.mse_loss(outputs.double(), labels.double())) * len(labels)
                     continue
                 loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
                 right += int((outputs.argmax(-1) == labels).sum())

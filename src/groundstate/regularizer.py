@@ -141,7 +141,8 @@ class Regularizer:
     def loss(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Returns the terms of coupling ``loss``, a scalar to add to the loss of the (micro-)batch ``x, y``.
 
-        With gradient accumulation divide it with the loss, by the number of micro-batches of the window.
+        With gradient accumulation divide it with the loss, by the number of micro-batches of the window. Attach the
+        regularizer first: the optimizer's steps decide which samples, probes and lazy firings come next.
 
         Raises:
             NonFiniteError: names the energy and the weight.

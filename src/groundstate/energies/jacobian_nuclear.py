@@ -47,7 +47,8 @@ class JacobianNuclear(JacobianEnergy):
         method: ``exact``; ``factorized``, the upper bound over a cut; ``auto``: exact for at most 32 outputs (or
             inputs) where the network has a second derivative, else factorized.
         cut: Of ``factorized``: the layer after which the network is split; ``auto``: the one with the smallest bound on
-            the first batch, among those that do not limit the rank. The choice is kept while the network lives.
+            the first batch, among those that do not limit the rank. The choice is kept while the network lives; name
+            the cut where a resumed run must repeat to the byte.
         estimator: Of ``factorized``: ``vjp`` probes, ``fd`` (the published denoising form), ``exact``, or ``auto``: fd
             for smooth networks and those without a second derivative, vjp for networks with kinks.
         sigma: Step of ``fd``.
@@ -98,7 +99,7 @@ class JacobianNuclear(JacobianEnergy):
             if self.method != "factorized" and small:
                 s, how = spectra(run, points, self.route, f)
                 return Estimate.of(self.of_singular_values(s), how)
-            cut = self.cut_of(run, points, probe)
+            cut = self.cut_of(run, points)
             values = torch.cat(
                 [
                     half_sum(
@@ -127,7 +128,7 @@ class JacobianNuclear(JacobianEnergy):
         estimator = self.estimator
         if estimator == "auto" and run.grad_wanted and probes.usable(run, points, True) != "vjp":
             estimator = "fd"
-        split = Split(run, self.cut_of(run, points, probe), points)
+        split = Split(run, self.cut_of(run, points), points)
         return half_sum(split, points, estimator=cast(Estimator, estimator), probe=probe, sigma=self.sigma)
 
     def _method(self, run: Function, points: Tensor) -> str:
@@ -140,7 +141,7 @@ class JacobianNuclear(JacobianEnergy):
             return "factorized"
         return "exact"
 
-    def cut_of(self, run: Function, points: Tensor, probe: torch.Generator) -> Cut:
+    def cut_of(self, run: Function, points: Tensor) -> Cut:
         """Returns the cut: the one named, verified, or the one with the smallest bound; found once per network.
 
         Raises:
@@ -157,6 +158,7 @@ class JacobianNuclear(JacobianEnergy):
                 part, x = run.rows(few), points[few]
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
+                    probe = torch.Generator().manual_seed(0)
                     facts[key] = tightest(part, x, find_cuts(part, x), probe=probe, estimator=kind).cut
         found = facts[key]
         if not isinstance(found, Cut):

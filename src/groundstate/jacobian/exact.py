@@ -85,7 +85,7 @@ def closed_form(run: Function, points: Tensor, plan: Plan, differentiable: bool,
     with torch.set_grad_enabled(differentiable):
         if head:
             inner = _head(run, out)
-            rows = inner if rows is None else rows @ inner
+            rows = inner if rows is None else rows @ inner.to(rows.dtype)
         m = chain.gram(plan.chain, slopes, rows)
     return m if len(m) == len(points) else m.expand(len(points), *m.shape[1:])
 
