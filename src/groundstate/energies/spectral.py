@@ -16,7 +16,7 @@ from torch import Tensor
 from groundstate.energies.base import Traits, require
 from groundstate.energies.unitarily_invariant import SpectralNorm, SpectralProximable, UnitarilyInvariant
 from groundstate.norms import gauges, k_support, log_det, spectral
-from groundstate.norms.polar import polar, smoothed_polar
+from groundstate.norms.polar import polar
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,8 +63,10 @@ class Nuclear(SpectralNorm):
         return cls(), cls(smoothing=0.5)
 
     def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        found = smoothed_polar(w, self.smoothing) if self.smoothing > 0 else polar(w)
-        return super().value_and_grad(w) if found is None else (found[1], found[0])
+        if self.smoothing > 0:
+            return super().value_and_grad(w)
+        q, value = polar(w)
+        return value, q
 
     def _value(self, s: Tensor) -> Tensor:
         return gauges.smoothed_l1(s, self.smoothing)
