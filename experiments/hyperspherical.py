@@ -272,21 +272,21 @@ def figures(runs: Runs, method: str, strengths: dict[str, float], key: str) -> d
 def cell(comparison: Paired) -> str:
     """Returns a mean difference in % with half its 95 % interval, a star where Holm's p is below 0.05."""
     d, star = comparison.difference, "\\*" if comparison.p_t_adjusted < 0.05 else ""
-    return f"{100 * d.mean:+.2f} ± {100 * d.half_width:.2f}{star}"
+    return f"{100 * d.mean:+.2f} ± {100 * d.half_width:.2f}{star}" if d.n else "-"
 
 
 def accuracy_table(runs: Runs, cases: list[str], key: str) -> str:
     """Returns the baseline and the differences to it at the chosen strengths; Holm per column."""
     rows: dict[str, list[str]] = {m: [] for m in TESTED}
-    for group in (*([c] for c in cases), cases):
+    for group in [[c] for c in cases] + [cases] * (len(cases) > 1):
         chosen = {m: {c: best(runs, c, m) for c in group} for m in TESTED}
         plain, *others = (figures(runs, m, chosen[m], key) for m in TESTED)
         mean, std = mean_std(list(plain.values()))
         rows[NONE].append(f"{100 * mean:.2f} ± {100 * std:.2f}")
         for method, comparison in zip(TESTED[1:], adjust([paired(o, plain) for o in others]), strict=True):
-            strength = f" ({chosen[method][group[0]]:g})" if len(group) == 1 else ""
+            strength = f" ({chosen[method][group[0]]:g})" if len(group) == 1 and comparison.difference.n else ""
             rows[method].append(cell(comparison) + strength)
-    return table(["", *cases, "mean"], [[m, *line] for m, line in rows.items()])
+    return table(["", *cases, *["mean"] * (len(cases) > 1)], [[m, *line] for m, line in rows.items()])
 
 
 def strengths_table(runs: Runs, cases: list[str], one: str, other: str) -> str:
@@ -296,7 +296,7 @@ def strengths_table(runs: Runs, cases: list[str], one: str, other: str) -> str:
         return figures(runs, method, dict.fromkeys(group, 0.0 if method == NONE else strength), "test_accuracy")
 
     strengths, rows = METHODS[one].strengths, []
-    for group in (*([c] for c in cases), cases):
+    for group in [[c] for c in cases] + [cases] * (len(cases) > 1):
         pairs = [paired(of(one, group, s), of(other, group, s)) for s in strengths]
         rows.append([group[0] if len(group) == 1 else "mean", *map(cell, adjust(pairs))])
     return table(["", *(f"{s:g}" for s in strengths)], rows)
