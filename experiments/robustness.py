@@ -101,6 +101,7 @@ ROWS: dict[str, tuple[Setting, ...]] = {
     "D-SNR, epsilon 1.5, all images": _of(replace(FINITE, samples=None), 0.1, 0.4),
     "transfer": (replace(PGD, method="transfer", steps=3),),
     "pairing": _of(replace(PGD, method="pairing", steps=0), 0.1, 0.4),
+    "PGD-10, 20 epochs": (replace(PGD, epochs=20.0),),
 }
 FINAL = list(ROWS)[:11]
 """Rows that are trained again and tested; the others are only scanned."""
@@ -197,11 +198,8 @@ def run(task: Task) -> dict[str, Any]:
             training.step(x[index], y[index])
     trained = time.process_time()
     entry = {"setting": asdict(task.setting), "seed": task.seed, "train_seconds": round(trained - start, 2)}
-    found = tested(training.model, task.seed) if task.seed else validated(training.model)
-    return {**entry, **found, "measure_seconds": round(time.process_time() - trained, 2)}
-
-
-# ---------------------------------------------------------------------- measuring
+    entry |= tested(training.model, task.seed) if task.seed else validated(training.model)
+    return {**entry, "measure_seconds": round(time.process_time() - trained, 2)}
 
 
 def validated(model: nn.Module) -> dict[str, Any]:
@@ -288,7 +286,7 @@ def chosen(runs: list[dict[str, Any]]) -> dict[tuple[str, str], Setting]:
         if ROWS[name][0].strength > 0:
             best = max(ROWS[name], key=robust)
             matched = min(ROWS[name], key=lambda s: abs(clean(s) - clean(PGD)))
-            found |= {(name, "matched"): matched, (name, "best"): best}
+            found |= {(name, "matched"): matched} | ({(name, "best"): best} if best != matched else {})
         else:
             found[name, ""] = ROWS[name][0]
     return found
@@ -297,7 +295,7 @@ def chosen(runs: list[dict[str, Any]]) -> dict[tuple[str, str], Setting]:
 def scan_table(runs: list[dict[str, Any]]) -> str:
     """Returns the runs of the scan."""
     rows = []
-    for name, s, (r,) in ((k, s, of_seeds(runs, s, True)) for k, settings in ROWS.items() for s in settings):
+    for name, s, (r,) in ((k, s, of_seeds(runs, s, True)) for k in ROWS for s in ROWS[k]):
         shares = [f"{100 * r[k]:.1f}" for k in ("clean", "robust")]
         rows.append([name, f"{s.strength:g}", f"{s.epsilon:g}", *shares, f"{r['train_seconds']:.0f}"])
     return table(["", "strength", "epsilon", "clean, %", f"at {RADIUS:g}, %", "CPU seconds"], rows)
@@ -355,19 +353,19 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
     kept = chosen(runs)
     with rc_context({"svg.hashsalt": "groundstate", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(9, 4), layout="constrained")
+        figure = Figure(figsize=(11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for name in FINAL:
             color = f"C{FINAL.index(name.removesuffix(', 20 epochs'))}"
-            look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1, "label": name}
-            look["linestyle"] = "--" if name.endswith("20 epochs") else "-"
+            line = "--" if name.endswith("20 epochs") else "-"
+            look: dict[str, Any] = {"color": color, "marker": ".", "linewidth": 1, "label": name, "linestyle": line}
             scan = [of_seeds(runs, s, True)[0] for s in ROWS[name]]
             left.plot(*zip(*sorted((100 * r["clean"], 100 * r["robust"]) for r in scan)), **look)
             final = of_seeds(runs, kept.get((name, "")) or kept[name, "matched"])
             right.plot(RADII, [100 * sum(s) / len(s) for s in zip(*(r["robust"] for r in final))], **look)
         left.set(xlabel="clean accuracy, %", ylabel=f"under PGD-20 at {RADIUS:g}, %", title="all strengths, validation")
         right.set(xlabel="radius (l2)", ylabel="accuracy under PGD-20, %", title="matched clean accuracy, test")
-        right.legend(fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         figure.savefig(path, metadata={"Date": None})
 
 
