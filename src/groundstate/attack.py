@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from groundstate.energies.base import require
+from groundstate.energies.base import is_number, require
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian.function import Function, blame, frozen
 from groundstate.scores import checked_labels
@@ -71,14 +71,14 @@ class ProjectedAscent:
     training: bool = False
 
     def __post_init__(self) -> None:
-        require(_real(self.epsilon) and self.epsilon >= 0, f"epsilon must be finite and >= 0, got {self.epsilon!r}")
+        require(is_number(self.epsilon) and self.epsilon >= 0, f"epsilon must be finite and >= 0, got {self.epsilon!r}")
         require(self.norm in get_args(Norm), f"norm must be 'l2' or 'linf', got {self.norm!r}")
         for name in ("steps", "restarts"):
             count = getattr(self, name)
             whole = isinstance(count, int) and not isinstance(count, bool)
             require(whole and count >= 1, f"{name} must be an integer of at least 1, got {count!r}")
         require(
-            self.step_size is None or (_real(self.step_size) and self.step_size > 0),
+            self.step_size is None or (is_number(self.step_size) and self.step_size > 0),
             f"step_size must be finite and > 0, or None for 2.5 epsilon / steps; got {self.step_size!r}",
         )
         require(
@@ -87,7 +87,7 @@ class ProjectedAscent:
         )
         b = self.bounds
         require(
-            b is None or (len(b) == 2 and all(map(_real, b)) and b[0] < b[1]),
+            b is None or (len(b) == 2 and all(map(is_number, b)) and b[0] < b[1]),
             f"bounds must be a finite pair (low, high) with low < high, or None; got {b!r}",
         )
 
@@ -394,7 +394,3 @@ def _at_least_single(t: Tensor) -> Tensor:
 def _plain(x: Tensor) -> Tensor:
     """Returns x without a graph, as a tensor that autograd can use although it may come from inference mode."""
     return x.detach().clone() if x.is_inference() else x.detach()
-
-
-def _real(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)

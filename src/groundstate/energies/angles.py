@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import MatrixEnergy, Traits, require
+from groundstate.energies.base import MatrixEnergy, Traits, is_number, require
 from groundstate.energies.hyperspherical import of_live
 from groundstate.norms.spectral import refuse_nonfinite, working_dtype
 from groundstate.norms.sphere.autograd import differentiable
@@ -132,7 +132,7 @@ class Uniformity(OfDirections):
     )
 
     def __post_init__(self) -> None:
-        fits = isinstance(self.t, int | float) and not isinstance(self.t, bool) and 0 < self.t <= 150
+        fits = is_number(self.t) and 0 < self.t <= 150
         require(
             fits, f"t must be positive and at most 150 (beyond, the potential of opposite neurons is 0), got {self.t!r}"
         )
@@ -184,8 +184,7 @@ class GramDeterminant(OfDirections):
     )
 
     def __post_init__(self) -> None:
-        positive = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
-        require(positive and 0 < self.ridge < math.inf, f"ridge must be finite and positive, got {self.ridge!r}")
+        require(is_number(self.ridge) and self.ridge > 0, f"ridge must be finite and positive, got {self.ridge!r}")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -386,3 +386,13 @@ def require(condition: bool, message: str) -> None:
     """Raises `UsageError` with ``message`` unless ``condition`` holds: for hyper-parameters in ``__post_init__``."""
     if not condition:
         raise UsageError(message)
+
+
+def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
+    """Whether a value is a whole number (``True`` is none) from ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite real number (``True`` is none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

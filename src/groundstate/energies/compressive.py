@@ -19,7 +19,6 @@ step of P into the gradient of W, which needs second derivatives of the energy).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from groundstate.energies.base import Evolving, MatrixEnergy, Traits, require
+from groundstate.energies.base import Evolving, MatrixEnergy, Traits, is_number, is_whole, require
 from groundstate.energies.hyperspherical import HypersphericalEnergy
 
 PROJECTIONS = ("random", "angle-preserving", "adversarial", "group")
@@ -81,10 +80,8 @@ class CompressiveHypersphericalEnergy(MatrixEnergy, Evolving):
         require(known, f"projection must be one of {', '.join(PROJECTIONS)}, got {self.projection!r}")
         for name, least in (("dimensions", 2), ("count", 1), ("seed", 0)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            require(whole, f"{name} must be a whole number from {least}, got {value!r}")
-        positive = isinstance(self.rate, int | float) and 0 < self.rate < math.inf
-        require(positive, f"rate must be finite and positive, got {self.rate!r}")
+            require(is_whole(value, least), f"{name} must be a whole number from {least}, got {value!r}")
+        require(is_number(self.rate) and self.rate > 0, f"rate must be finite and positive, got {self.rate!r}")
         self._energy()
 
     @classmethod

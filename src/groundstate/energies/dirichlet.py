@@ -13,13 +13,13 @@ Jacobian regularization" (2019), whose loss has an additional factor 1/2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, Traits, require
+from groundstate.energies.base import Estimate, Traits, is_number, is_whole, require
 from groundstate.energies.jacobian import MAX_OUTPUTS, JacobianEnergy
 from groundstate.jacobian import probes as probing
 from groundstate.jacobian.function import Function, function
@@ -35,7 +35,7 @@ class Dirichlet(JacobianEnergy):
     of a plain step; with ``Regularizer(every=4)`` a fraction of that. Measured exactly.
 
     Attributes:
-        on, wrt, samples, route: See `JacobianEnergy`; ``route`` is that of ``estimator="exact"``.
+        on, wrt, samples, route: See `SampleMean` and `JacobianEnergy`; ``route`` is that of ``estimator="exact"``.
         estimator: ``vjp`` (one pass per probe), ``jvp``, ``fd`` (finite differences: noisy gradients on networks with
             kinks), ``exact``, or ``auto``: the first of vjp, jvp, fd that the network can do.
         probes: Random directions per sample; orthonormal for ``vjp``, exact at as many as there are outputs.
@@ -46,7 +46,7 @@ class Dirichlet(JacobianEnergy):
     25.0
     """
 
-    samples: int | None = 16
+    samples: int | None = field(default=16, kw_only=True)
     estimator: str = "auto"
     probes: int = 1
     sigma: float = 1e-2
@@ -66,10 +66,8 @@ class Dirichlet(JacobianEnergy):
         super().__post_init__()
         known = (*probing.ESTIMATORS, "exact")
         require(self.estimator in known, f"estimator must be one of {', '.join(known)}, got {self.estimator!r}")
-        whole = isinstance(self.probes, int) and not isinstance(self.probes, bool) and self.probes >= 1
-        require(whole, f"probes must be a whole number from 1, got {self.probes!r}")
-        number = isinstance(self.sigma, int | float) and 0 < self.sigma < float("inf")
-        require(number, f"sigma must be finite and positive, got {self.sigma!r}")
+        require(is_whole(self.probes, 1), f"probes must be a whole number from 1, got {self.probes!r}")
+        require(is_number(self.sigma) and self.sigma > 0, f"sigma must be finite and positive, got {self.sigma!r}")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
@@ -93,9 +91,9 @@ class Dirichlet(JacobianEnergy):
             values = [probing.squared_norms(run.rows(i), points[i], **options).detach() for i in parts]
         return Estimate.of(torch.cat(values), f"8 {kind} probes")
 
-    def _in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
+    def in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
         if self.estimator == "exact":
-            return super()._in_training(run, points, probe)
+            return super().in_training(run, points, probe)
         return probing.squared_norms(
             run,
             points,

@@ -20,14 +20,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, TypeGuard, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from groundstate.energies.base import Estimate, FunctionEnergy, Traits, require
+from groundstate.energies.base import Estimate, FunctionEnergy, Traits, is_number, is_whole, require
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian.function import blame, frozen, supplied
 from groundstate.layers import unwrapped
@@ -112,14 +112,14 @@ class FunctionSpacePrior(FunctionEnergy):
         for name, kind in (("scaling", Scaling), ("context", Context), ("points", Points)):
             got, known = getattr(self, name), get_args(kind)
             require(got in known, f"{name} of function_prior must be one of {', '.join(known)}, got {got!r}")
-        require(_finite(self.c) and self.c >= 0, f"c scales a covariance: finite, at least 0; got {self.c!r}")
-        require(_finite(self.d) and self.d > 0, f"d is a variance: finite and above 0; got {self.d!r}")
-        v_fits = self.v is None or (_finite(self.v) and self.v > 0)
+        require(is_number(self.c) and self.c >= 0, f"c scales a covariance: finite, at least 0; got {self.c!r}")
+        require(is_number(self.d) and self.d > 0, f"d is a variance: finite and above 0; got {self.d!r}")
+        v_fits = self.v is None or (is_number(self.v) and self.v > 0)
         require(v_fits, f"v is a variance, finite and above 0, or None for no prior on the weights; got {self.v!r}")
         for name in ("context_size", "train_size"):
             got = getattr(self, name)
-            require(got is None or (_whole(got) and got > 0), f"{name} must be a whole number from 1, got {got!r}")
-        require(_whole(self.prior_seed), f"prior_seed must be a whole number, got {self.prior_seed!r}")
+            require(got is None or is_whole(got, 1), f"{name} must be a whole number from 1, got {got!r}")
+        require(is_whole(self.prior_seed), f"prior_seed must be a whole number from 0, got {self.prior_seed!r}")
         require(
             (self.scaling == "paper") == (self.train_size is not None),
             f"scaling='paper' and train_size, the number of training samples that it divides by, go together; got "
@@ -360,14 +360,6 @@ def _first_parameter(model: nn.Module) -> Tensor | None:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _reinitialized(model: nn.Module, seed: int) -> nn.Module:

@@ -16,7 +16,6 @@ References: W. Liu, R. Lin, Z. Liu, L. Liu, Z. Yu, B. Dai, L. Song, "Learning to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -24,7 +23,16 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, FunctionEnergy, Ground, Grounded, MatrixEnergy, Traits, require
+from groundstate.energies.base import (
+    Estimate,
+    FunctionEnergy,
+    Ground,
+    Grounded,
+    MatrixEnergy,
+    Traits,
+    is_number,
+    require,
+)
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian.function import blame, function
 from groundstate.norms import sphere
@@ -69,8 +77,7 @@ class HypersphericalEnergy(MatrixEnergy, Grounded):
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.s, int | float) and not isinstance(self.s, bool) and 0 <= self.s < math.inf
-        require(number, f"s must be finite and not negative, got {self.s!r}")
+        require(is_number(self.s) and self.s >= 0, f"s must be finite and not negative, got {self.s!r}")
         for field in ("half_space", "angular"):
             value = getattr(self, field)
             require(isinstance(value, bool), f"{field} must be True or False, got {value!r}")

@@ -13,15 +13,15 @@ form of data-dependent operator norm regularization" (2020).
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, FunctionEnergy, Spectral, Traits, require
+from groundstate.energies.base import Estimate, Spectral, Traits, require
+from groundstate.energies.sample_mean import SampleMean
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian import exact
 from groundstate.jacobian.function import Function, blame, function
@@ -32,26 +32,18 @@ MAX_OUTPUTS = 256  # of the smaller side of J: beyond it an exact spectrum per s
 
 
 @dataclass(frozen=True, repr=False)
-class JacobianEnergy(FunctionEnergy, Spectral):
+class JacobianEnergy(SampleMean, Spectral):
     """Mean over samples of a function of the singular values of J.
 
     Attributes:
-        on: The output: ``logits``, ``probabilities``, ``loss``, ``output:KEY`` or the name of a layer.
-        wrt: The input: ``input``, or the name of a layer whose output counts as the input.
-        samples: How many samples of the batch take part in training, drawn anew each time; ``None``: all.
+        on, wrt, samples: See `SampleMean`.
         route: How J is formed; see `groundstate.jacobian.exact`.
     """
 
-    on: str = "logits"
-    wrt: str = "input"
-    samples: int | None = 32
-    route: str = "auto"
+    route: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        require(isinstance(self.on, str) and self.on != "", f"on must be text, got {self.on!r}")
-        require(isinstance(self.wrt, str) and self.wrt != "", f"wrt must be text, got {self.wrt!r}")
-        whole = isinstance(self.samples, int) and not isinstance(self.samples, bool) and self.samples >= 1
-        require(self.samples is None or whole, f"samples must be a whole number from 1 or None, got {self.samples!r}")
+        super().__post_init__()
         require(self.route in exact.ROUTES, f"route must be one of {', '.join(exact.ROUTES)}, got {self.route!r}")
 
     @abstractmethod
@@ -61,26 +53,6 @@ class JacobianEnergy(FunctionEnergy, Spectral):
     def of_gram(self, m: Tensor) -> Tensor:
         """Returns the energy of each sample from the Gram of the smaller side of J, ``(B, r, r)`` to ``(B,)``."""
         return gram.energy(m, self.of_singular_values)
-
-    def value(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Tensor:
-        """Returns the mean over (a random part of) the batch, a scalar, differentiable by the parameters.
-
-        Raises:
-            UsageError: no sample, integer inputs, an output that is not one row per sample.
-            NonFiniteError: names the first tensor that is not finite.
-        """
-        x, y = self._part(x, y, probe)
-        mixed = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-        with function(f, x, y, on=self.on, wrt=self.wrt) as (run, points):
-            try:
-                value = self._in_training(run, points, probe).mean()
-            except NonFiniteError:
-                raise blame(f, x, repr(self)) from None
-            if not math.isfinite(value.detach().item()):
-                raise blame(f, x, repr(self))
-            # a closed form runs no module in backward, so it may wait for that of the loss, if that is as precise
-            closed = run.module is not None and plan_for(run, points).chain is not None
-            return value if closed and run.grad_wanted and not mixed else run.settle(value)
 
     def estimate(self, f: Any, x: Tensor, y: Tensor | None = None, *, probe: torch.Generator) -> Estimate:
         """Measures the energy exactly on every sample; the standard error is that of sampling.
@@ -93,14 +65,8 @@ class JacobianEnergy(FunctionEnergy, Spectral):
             s, how = spectra(run, points, self.route, f)
         return Estimate.of(self.of_singular_values(s), how)
 
-    def _in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
+    def in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
         return self.of_gram(exact.output_gram(run, points, route=self.route, differentiable=run.grad_wanted))
-
-    def _part(self, x: Tensor, y: Tensor | None, probe: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        if self.samples is None or not isinstance(x, Tensor) or x.ndim == 0 or self.samples >= len(x):
-            return x, y
-        index = torch.randperm(len(x), generator=probe)[: self.samples].to(x.device)
-        return x.index_select(0, index), None if y is None else y[index.to(y.device)]
 
 
 def spectra(run: Function, points: Tensor, route: str, f: Any) -> tuple[Tensor, str]:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, Traits, require
+from groundstate.energies.base import Estimate, Traits, is_number, require
 from groundstate.energies.jacobian import MAX_OUTPUTS, JacobianEnergy, spectra
 from groundstate.errors import UsageError
 from groundstate.jacobian import exact, probes
@@ -78,8 +78,7 @@ class JacobianNuclear(JacobianEnergy):
         require(isinstance(self.cut, str) and self.cut != "", f"cut must be a layer's name or 'auto', got {self.cut!r}")
         known = self.estimator in _ESTIMATORS
         require(known, f"estimator must be one of {', '.join(_ESTIMATORS)}, got {self.estimator!r}")
-        number = isinstance(self.sigma, int | float) and 0 < self.sigma < float("inf")
-        require(number, f"sigma must be finite and positive, got {self.sigma!r}")
+        require(is_number(self.sigma) and self.sigma > 0, f"sigma must be finite and positive, got {self.sigma!r}")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:
@@ -122,9 +121,9 @@ class JacobianNuclear(JacobianEnergy):
         few = torch.arange(min(len(points), _LOOSENESS_SAMPLES), device=points.device)
         return looseness(Split(run.rows(few), cut, points[few]), points[few])
 
-    def _in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
+    def in_training(self, run: Function, points: Tensor, probe: torch.Generator) -> Tensor:
         if self._method(run, points) == "exact":
-            return super()._in_training(run, points, probe)
+            return super().in_training(run, points, probe)
         estimator = self.estimator
         if estimator == "auto" and run.grad_wanted and probes.usable(run, points, True) != "vjp":
             estimator = "fd"

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from groundstate.energies.base import Traits, require
+from groundstate.energies.base import Traits, is_whole, require
 from groundstate.energies.unitarily_invariant import SpectralNorm, SpectralProximable, UnitarilyInvariant
 from groundstate.norms import gauges, k_support, log_det, spectral
 from groundstate.norms.polar import polar
@@ -375,4 +375,4 @@ class StableRank(UnitarilyInvariant):
 
 
 def _require_count(k: object) -> None:
-    require(isinstance(k, int) and not isinstance(k, bool) and k >= 1, f"k must be a whole number from 1, got {k!r}")
+    require(is_whole(k, 1), f"k must be a whole number from 1, got {k!r}")

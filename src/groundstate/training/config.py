@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from groundstate.energies.base import COUPLINGS
+from groundstate.energies.base import COUPLINGS, is_number, is_whole
 from groundstate.energies.registry import parse
 from groundstate.errors import UsageError, nearest
 
@@ -115,19 +114,19 @@ class TrainConfig:
                 raise UsageError(f"{name} must be text, got {value!r}")
         for name in (*_COUNTS, *_COUNT_IF_GIVEN):
             value = getattr(self, name)
-            if not (_is_whole(value) and value >= 1) and not (value is None and name in _COUNT_IF_GIVEN):
+            if not is_whole(value, 1) and not (value is None and name in _COUNT_IF_GIVEN):
                 raise UsageError(f"{name} must be a whole number from 1, got {value!r}")
-        if self.val_size is not None and not (_is_whole(self.val_size) and self.val_size >= 0):
+        if self.val_size is not None and not is_whole(self.val_size):
             raise UsageError(f"val_size must be a whole number from 0, got {self.val_size!r}")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed) or self.seed >= 2**63:
             raise UsageError(f"seed must be a whole number from 0, got {self.seed!r}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
-            if not _is_number(value) or value < 0:
+            if not is_number(value) or value < 0:
                 raise UsageError(f"{name} must be finite and not negative, got {value!r}")
         for name in _POSITIVE_IF_GIVEN:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
+            if value is not None and not (is_number(value) and value > 0):
                 raise UsageError(f"{name} must be finite and positive, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,11 +155,3 @@ class TrainConfig:
     def digest(self) -> str:
         """Eight hexadecimal digits that name the configuration."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
