@@ -159,6 +159,8 @@ def matches(name: str, pattern: str | None) -> bool:
 
 def like_parameter(gradient: Tensor, parameter: Tensor, module: nn.Module | None = None) -> Tensor:
     """Returns a gradient, as a matrix or in its own shape, in the shape, dtype and format of its parameter."""
+    if parameter.ndim == 2 and gradient.shape == parameter.shape and gradient.dtype == parameter.dtype:
+        return gradient
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and gradient.shape != parameter.shape:
         inner = parameter.shape[0] // module.groups
         split = gradient.reshape(module.groups, -1, inner, *parameter.shape[2:])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from groundstate.amortized import Amortized
 from groundstate.blocks import Block, canonical, last_linear
+from groundstate.energies.attention import OfModel
 from groundstate.energies.base import (
+    Anchored,
     Coupling,
     Energy,
     Evolving,
@@ -20,18 +25,24 @@ from groundstate.energies.base import (
     Proximable,
     Term,
     TrajectoryEnergy,
+    is_number,
 )
+from groundstate.energies.convolution import OfModule
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.layers import ordered_layers
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a term is given at one step: the path so far, what it keeps of each weight, and its sources of probes."""
+    """What a term is given at one step: the path so far, what it keeps of each weight, its sources of probes.
+
+    ``kept``, where given, returns the value and the gradients instead (`groundstate.amortized`).
+    """
 
     trajectory: dict[str, Tensor]
     memories: dict[str, dict[str, Tensor]]
     probe: Callable[[str], torch.Generator]
+    kept: Callable[[], tuple[float, list[tuple[Block, Tensor]]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Placed:
     blocks: tuple[Block, ...]
     output: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The energy's spec: its name in metrics and reports."""
         return repr(self.energy)
@@ -65,7 +76,8 @@ class Placed:
         """Returns the matrix energy that acts on a weight."""
         if not isinstance(self.energy, MatrixEnergy):
             raise UsageError(f"{self.key} is not an energy of single weights")
-        return self.energy.at_output() if block.name == self.output else self.energy
+        energy = self.energy.at_output() if block.name == self.output else self.energy
+        return energy.for_module(block.module, block.parameter.shape) if isinstance(energy, OfModule) else energy
 
     def by_block(self) -> dict[str, float]:
         """Returns the value of a matrix energy at each weight."""
@@ -73,6 +85,13 @@ class Placed:
             return {}
         view = self.energy.view
         return {b.name: float(_named(self, b.name, self.at(b).value, b.seen(view)).sum()) for b in self.blocks}
+
+    def amortized(self, gap: float) -> Amortized | None:
+        """Returns what keeps gradients until the bounds of the energy are ``gap`` apart; ``None``: it has no bounds."""
+        acts = self.coupling in ("grad", "loss")
+        if not (acts and isinstance(self.energy, Anchored) and self.energy.bounded()):
+            return None
+        return Amortized(self.energy, self.blocks, self.per_block, gap, partial(_named, self))
 
     def memories(self, probe: Callable[[str], torch.Generator]) -> dict[str, dict[str, Tensor]]:
         """Returns what an evolving energy keeps of each weight before the first step."""
@@ -92,6 +111,8 @@ class Placed:
         Raises:
             NonFiniteError: names the energy and the weight; nothing has been written anywhere.
         """
+        if turn is not None and turn.kept is not None:
+            return turn.kept()
         if isinstance(self.energy, TrajectoryEnergy):
             trajectory = {} if turn is None else turn.trajectory
             value, by_name = self.energy.term(trajectory, {b.name: b.parameter.detach() for b in self.blocks})
@@ -141,7 +162,10 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
         raise UsageError(
             f"{energy!r} needs the batch: write '{term.strength:g}*{energy!r}@loss' and add reg.loss(x, y)"
         )
-    if isinstance(energy, NetworkEnergy):
+    if isinstance(energy, OfModel):
+        energy, named = energy.for_model(model)
+        blocks = [Block(name, parameter) for name, parameter in named]
+    elif isinstance(energy, NetworkEnergy):
         blocks = [Block(canonical(name), parameter) for name, parameter in ordered_layers(model)]
     if isinstance(energy, MatrixEnergy):
         rows, columns = energy.smallest
@@ -152,7 +176,31 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
     for block in blocks:
         if type(block.parameter).__name__ == "DTensor" or type(block.parameter.data).__name__ == "DTensor":
             raise UsageError(f"{block.name} is a sharded parameter (DTensor), which is not supported yet")
-    return Placed(energy, term.strength, coupling, tuple(blocks), last_linear(model))
+    placed = Placed(energy, term.strength, coupling, tuple(blocks), last_linear(model))
+    if isinstance(energy, OfModule):
+        for block in blocks:
+            placed.at(block)  # refuses modules that it cannot read, before training
+    return placed
+
+
+def keep_gradients(placed: list[Placed], gap: float, every: int) -> dict[str, Amortized]:
+    """Returns what keeps the gradients of the terms that have certified bounds, by their keys.
+
+    Raises:
+        UsageError: the gap is not between 0 and 1, terms are to act at some steps only, or none has bounds.
+    """
+    if not (is_number(gap) and 0 < gap < 1):
+        raise UsageError(f"gap must be a number between 0 and 1, the relative distance of two bounds, got {gap!r}")
+    if every != 1:
+        raise UsageError(f"with a gap terms act at every step: leave every={every} out, or the gap")
+    found = {p.key: kept for p in placed if (kept := p.amortized(gap)) is not None}
+    if not found:
+        energies = " + ".join(p.key for p in placed) or "none"
+        raise UsageError(
+            f"no term of {energies} has certified bounds and a gradient, so none can be kept until a gap of {gap:g}: "
+            "leave the gap out, or use nuclear or graph"
+        )
+    return found
 
 
 def total_value(p: Placed) -> float | None:
@@ -205,11 +253,20 @@ def add_to_gradients(additions: list[tuple[nn.Parameter, Tensor, float]]) -> Non
             parameter.grad.add_(gradient, alpha=factor)
 
 
+def warn_without_gradient(blocks: list[Block], warned: set[str]) -> None:
+    """Names the weights that the loss did not reach, each once."""
+    missed = {b.name for b in blocks if b.parameter.grad is None and b.parameter.requires_grad}
+    if new := [b.name for b in blocks if b.name in missed - warned]:
+        warned.update(new)
+        warnings.warn(
+            f"no gradient reached {', '.join(new)}: their energy is measured but adds nothing (a term in the loss "
+            "would; use coupling 'loss' if you want that)",
+            stacklevel=5,
+        )
+
+
 def _named(p: Placed, where: str, function: Any, w: Any) -> Any:
     try:
         return function(w)
     except NonFiniteError as error:
         raise NonFiniteError(f"{p.key} at {where}: {error}") from None
-
-
-__all__ = ["Placed", "Turn", "add_to_gradients", "differentiable_value", "place", "total_value"]

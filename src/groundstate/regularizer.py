@@ -26,8 +26,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from groundstate import blocks as blocks_of
+from groundstate.amortized import Wear
 from groundstate.blocks import Block
-from groundstate.couplings import Placed, Turn, add_to_gradients, differentiable_value, place, total_value
+from groundstate.couplings import (
+    Placed,
+    Turn,
+    add_to_gradients,
+    differentiable_value,
+    keep_gradients,
+    place,
+    total_value,
+    warn_without_gradient,
+)
 from groundstate.energies.base import Coupling, Energy, Proximable, Sum, Term, TrajectoryEnergy
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
@@ -45,6 +55,8 @@ class Regularizer:
         coupling: The coupling of the terms that name none.
         every: Act at every k-th step only, k times as strong (``grad`` and ``loss``), with k times the step (``prox``).
             Trajectories are observed, and their term acts, at every step.
+        gap: Keep the gradients of energies with certified bounds (nuclear, graph) from step to step, and renew that of
+            a weight when its bounds are further apart than this share of the energy, say 0.01: see `wear`.
         select: Comma-separated shell patterns of weight names; default: every matrix and convolution, no biases,
             normalizations, embeddings.
         schedule: Factor on the strengths as a function of the step, or ``"linear:N"``, ``"cosine:N"`` (1 to 0 over N
@@ -53,7 +65,7 @@ class Regularizer:
 
     Raises:
         UsageError: nothing is selected; a coupling that an energy does not have; a model that a network energy cannot
-            order; sharded parameters.
+            order; sharded parameters; a gap where no energy has bounds.
 
     Example:
         >>> import torch
@@ -74,6 +86,7 @@ class Regularizer:
         *,
         coupling: Coupling = "grad",
         every: int = 1,
+        gap: float | None = None,
         select: str | None = None,
         schedule: Schedule | str | None = None,
         seed: int = 0,
@@ -95,6 +108,7 @@ class Regularizer:
             if isinstance(p.energy, TrajectoryEnergy) and p.key not in self._trajectories:
                 self._trajectories[p.key] = p.energy.init(self._matrices())
         self._memories = {p.key: p.memories(partial(self._probe, p)) for p in self.placed}
+        self._amortized = {} if gap is None else keep_gradients(self.placed, gap, every)
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
         self._added = False
@@ -205,6 +219,10 @@ class Regularizer:
         """Returns, for every matrix energy, its value at each weight by name."""
         return {p.key: p.by_block() for p in self.placed if p.per_block}
 
+    def wear(self) -> dict[str, list[Wear]]:
+        """Returns, for every term that keeps its gradients, how often each was renewed, and the last bounds."""
+        return {key: kept.wear() for key, kept in self._amortized.items()}
+
     def describe(self) -> str:
         """Returns what acts where, the exact update of each term, and the weights it sees."""
         lines = [f"energy: {self.energy!r}"]
@@ -212,6 +230,8 @@ class Regularizer:
             lines.append(f"- {p.key}, strength {p.strength:g}, coupling {p.coupling}: {self._formula(p)}")
         if self.every > 1:
             lines.append(f"acting at every {self.every}th step, {self.every} times as strong")
+        for kept in self._amortized.values():
+            lines.append(f"gradients kept while their bounds are within {kept.gap:g} of one another")
         lines.append(f"weights ({len(self.blocks)}): {', '.join(b.name for b in self.blocks)}")
         half = [b.name for b in self.blocks if b.parameter.dtype in (torch.bfloat16, torch.float16)]
         if half:
@@ -236,6 +256,8 @@ class Regularizer:
         state: dict[str, Any] = {"version": 1, "energy": repr(self.energy), "step": self.step_count}
         for key, trajectory in self._trajectories.items():
             state |= {f"trajectory/{key}/{k}": v.clone() for k, v in trajectory.items()}
+        for key, kept in self._amortized.items():
+            state |= {f"kept/{key}/{k}": v for k, v in kept.state().items()}
         return state | {f"memory/{k}": v.clone() for k, v in self._remembered().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -252,12 +274,7 @@ class Regularizer:
             )
         matrices = self._matrices()
         for key, trajectory in self._trajectories.items():
-            prefix = f"trajectory/{key}/"
-            saved = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in trajectory.items()}:
-                raise UsageError(f"the saved trajectory of {key} is of other weights than {', '.join(matrices)}")
-            for k, v in trajectory.items():
-                v.copy_(saved[k])
+            _restore(trajectory, state, f"trajectory/{key}/", matrices)
             energy = next(p.energy for p in self.placed if p.key == key)
             if isinstance(energy, TrajectoryEnergy):
                 _, jump = energy.rebase(trajectory, matrices)
@@ -266,12 +283,9 @@ class Regularizer:
                         f"the weights moved by {jump:.3g} since the state of {key} was saved: not counted in its path",
                         stacklevel=2,
                     )
-        remembered = self._remembered()
-        saved = {k.removeprefix("memory/"): v for k, v in state.items() if k.startswith("memory/")}
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in remembered.items()}:
-            raise UsageError(f"the saved memory of {self.energy!r} is of other weights than {', '.join(matrices)}")
-        for k, v in remembered.items():
-            v.copy_(saved[k])
+        _restore(self._remembered(), state, "memory/", matrices)
+        for key, kept in self._amortized.items():
+            kept.load(_below(state, f"kept/{key}/"))
         self.step_count = int(state["step"])
         self._added = False
 
@@ -289,7 +303,7 @@ class Regularizer:
             self._added = False
             with torch.enable_grad():
                 loss = closure()
-            energy = 0.0 if self._added else self._add(1.0)
+            energy = 0.0 if self._added else self._add(1.0, valued=True)
             self._added = True
             return None if loss is None else loss + energy
 
@@ -312,8 +326,8 @@ class Regularizer:
                     self._trajectories[p.key] = p.energy.observe(self._trajectories[p.key], matrices, rate)
         self.step_count += 1
 
-    def _add(self, scale: float) -> float:
-        """Adds every firing gradient, all or none, and returns the value of what was added."""
+    def _add(self, scale: float, valued: bool = False) -> float:
+        """Adds every firing gradient, all or none, and returns the value of what was added, of kept ones if asked."""
         firing = self._firing("grad")
         if not firing:
             return 0.0
@@ -322,12 +336,12 @@ class Regularizer:
             held = {
                 id(q): (-1.0 if g.get("maximize") else 1.0) for g in self._optimizer.param_groups for q in g["params"]
             }
-        self._warn_without_gradient()
+        warn_without_gradient(self.blocks, self._warned)
         additions: list[tuple[nn.Parameter, Tensor, float]] = []
         total = 0.0
         for p in firing:
             strength = self._scale(p)
-            value, grads = p.value_and_gradients(self._turn(p))
+            value, grads = p.value_and_gradients(self._turn(p, valued))
             for block, grad in grads:
                 sign = 1.0 if held is None else held.get(id(block.parameter), 0.0)
                 if block.parameter.grad is not None and block.parameter.requires_grad and sign != 0.0:
@@ -366,8 +380,10 @@ class Regularizer:
         lazy = 1 if isinstance(p.energy, TrajectoryEnergy) else self.every
         return p.strength * lazy * self.schedule(self.step_count)
 
-    def _turn(self, p: Placed) -> Turn:
-        return Turn(self._trajectories.get(p.key, {}), self._memories[p.key], partial(self._probe, p))
+    def _turn(self, p: Placed, valued: bool = True) -> Turn:
+        kept = self._amortized.get(p.key)
+        act = None if kept is None else partial(kept.act, self.step_count, valued)
+        return Turn(self._trajectories.get(p.key, {}), self._memories[p.key], partial(self._probe, p), act)
 
     def _remembered(self) -> dict[str, Tensor]:
         return {
@@ -386,13 +402,15 @@ class Regularizer:
     def _matrices(self) -> dict[str, Tensor]:
         return {b.name: b.parameter.detach() for b in self.blocks}
 
-    def _warn_without_gradient(self) -> None:
-        missed = [b.name for b in self.blocks if b.parameter.requires_grad and b.parameter.grad is None]
-        new = [m for m in missed if m not in self._warned]
-        if new:
-            self._warned.update(new)
-            warnings.warn(
-                f"no gradient reached {', '.join(new)}: their energy is measured but adds nothing (a term in the loss "
-                "would; use coupling 'loss' if you want that)",
-                stacklevel=4,
-            )
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _restore(into: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str, matrices: Mapping[str, Tensor]) -> None:
+    """Copies what was saved under a prefix, all or nothing."""
+    saved = _below(state, prefix)
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in into.items()}:
+        raise UsageError(f"the saved {prefix.rstrip('/')} is of other weights than {', '.join(matrices)}")
+    for k, v in into.items():
+        v.copy_(saved[k])

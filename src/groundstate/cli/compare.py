@@ -162,7 +162,7 @@ def _check(plan: Plan) -> None:
     for spec in plan.energies:
         energy, coupling = parse(spec), cast(Any, c.coupling)
         if energy.terms:
-            Regularizer(model, energy, coupling=coupling, every=c.every, select=c.select)
+            Regularizer(model, energy, coupling=coupling, every=c.every, gap=c.gap, select=c.select)
 
 
 def _started(out: Path | None, energy: list[str] | None, seeds: int | None, given: dict[str, Any]) -> tuple[Plan, Path]:

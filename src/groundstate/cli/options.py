@@ -50,6 +50,9 @@ SETTINGS = (
     Setting("energy", str, "none", "What to minimize, e.g. '1e-3*nuclear + 1e-4*path_energy'.", _ENERGY, "SPEC"),
     Setting("coupling", str, "grad", "How terms that name no @coupling act.", _ENERGY, "grad|prox|loss|monitor"),
     Setting("every", int, "1", "Let weight energies act at every k-th step.", _ENERGY, "K"),
+    Setting(
+        "gap", float, "none", "Keep gradients of nuclear and graph until bounds are this far apart.", _ENERGY, "SHARE"
+    ),
     Setting("select", str, "all matrices", "Which weights, e.g. '*.weight,!4.weight'.", _ENERGY, "PATTERNS"),
     Setting("final_prox", float, "none", "Step length of one prox after the last step.", _ENERGY, "STEP"),
     Setting(

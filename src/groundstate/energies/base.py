@@ -268,6 +268,33 @@ class Evolving(ABC):
         """
 
 
+class Anchored(ABC):
+    """A convex energy that one decomposition bounds everywhere: its gradient there then serves many steps.
+
+    With `Regularizer(gap=...)` a gradient is kept until the bounds, relative to one another, are further apart.
+    """
+
+    def bounded(self) -> bool:
+        """Whether it has bounds with its present options."""
+        return True
+
+    @abstractmethod
+    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Returns a subgradient for each weight, and what `bounds` needs.
+
+        Args:
+            weights: One ``(out, in)`` matrix for an energy of a weight, all layers for an energy of a network.
+            gap: Relative distance up to which the bounds will be used.
+        """
+
+    @abstractmethod
+    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
+        """Returns certified lower and upper bounds of E at ``weights``, a float64 tensor of two on their device.
+
+        The lower bound is never negative; NaN or infinity say that ``weights`` are not finite, or out of range.
+        """
+
+
 @dataclass(frozen=True)
 class Ground:
     """What an energy of a weight can be at all, for its shape.

@@ -16,19 +16,20 @@ Reference: I. Gutman, "The energy of a graph" (1978); V. Nikiforov, "The energy 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
-from groundstate.energies.base import NetworkEnergy, Traits, require
+from groundstate.energies.base import Anchored, NetworkEnergy, Traits, require
 from groundstate.layers import ordered_layers
 from groundstate.norms import graph
+from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
 
 
 @dataclass(frozen=True, repr=False)
-class GraphEnergy(NetworkEnergy):
+class GraphEnergy(NetworkEnergy, Anchored):
     """Energy of the layered graph: sum of |eigenvalues| of its adjacency.
 
     Invariant under relabeling the neurons of a layer and under changing the sign of a neuron (its incoming and outgoing
@@ -83,6 +84,15 @@ class GraphEnergy(NetworkEnergy):
         Arguments and errors as of `value`.
         """
         return graph.energy_and_grad(_weights(layers), self.absolute)
+
+    def bounded(self) -> bool:
+        return not self.absolute
+
+    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        return graph_anchor(weights, gap)
+
+    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
+        return graph_bounds(weights, gradients, memory)
 
 
 def _weights(layers: Sequence[Tensor] | nn.Module) -> Sequence[Tensor]:

@@ -8,19 +8,20 @@ are permuted.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from torch import Tensor
 
-from groundstate.energies.base import Traits, is_whole, require
+from groundstate.energies.base import Anchored, Traits, is_whole, require
 from groundstate.energies.unitarily_invariant import SpectralNorm, SpectralProximable, UnitarilyInvariant
-from groundstate.norms import gauges, k_support, log_det, spectral
+from groundstate.norms import anchor, gauges, k_support, log_det, spectral
 from groundstate.norms.polar import polar
 
 
 @dataclass(frozen=True, repr=False)
-class Nuclear(SpectralNorm):
+class Nuclear(SpectralNorm, Anchored):
     """Nuclear norm, the sum of the singular values: the convex surrogate of the rank.
 
     Its gradient is the polar factor U V^T; its proximal map thresholds the singular values, which makes ranks exact.
@@ -67,6 +68,13 @@ class Nuclear(SpectralNorm):
             return super().value_and_grad(w)
         q, value = polar(w)
         return value, q
+
+    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        found = anchor.anchor(weights[0], gap, self.smoothing)._asdict()
+        return [found.pop("gradient")], found
+
+    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
+        return anchor.bounds(weights[0], anchor.Anchor(gradients[0], **memory))
 
     def _value(self, s: Tensor) -> Tensor:
         return gauges.smoothed_l1(s, self.smoothing)

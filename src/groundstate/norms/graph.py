@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms.staircase import Staircase, spans, staircase
+from groundstate.norms.staircase import Blocks, Staircase, inner, inverse_root, selected_inverse, spans, staircase
 
 # A Gram matrix formed with rounding eps moves the polar factor by about eps * sigma_1^2 * rms(1 / sigma_i^2), relative
 # to its own norm: a route is left when this estimate is above its bound. Measured errors were 0.15 to 0.4 of the
@@ -37,6 +37,11 @@ _TRUST_SINGLE = 2e-5
 _TRUST_DOUBLE = 1e-11
 _TRUST_DOUBLE_FOR_SINGLE = 1e-6
 _TRUST_PRODUCT = 3e-5
+
+# Relative error of the partial fractions, by the dtype of the weights.
+_POLE_ERROR = {torch.float32: 1e-7, torch.float64: 1e-13}
+# Power iterations with nonnegative layers; measured gaps lambda_2 / lambda_1 are 0.02 to 0.1.
+_POWER_STEPS = 8
 
 
 def node_sizes(layers: Sequence[Tensor]) -> list[int]:
@@ -191,14 +196,45 @@ def energy_and_grad(layers: Sequence[Tensor], absolute: bool = False) -> tuple[T
     >>> energy_and_grad([torch.tensor([[-3.0]])])
     (tensor(6.), [tensor([[-2.]])])
     """
-    sizes = node_sizes(layers)
+    found = _found(layers, absolute, spectrum=False)
+    return found.value, found.grads
+
+
+def energy_grad_and_spectrum(layers: Sequence[Tensor], absolute: bool = False) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Returns E, dE/dW_l for every layer, and the singular values of B, so that E can be bounded around the layers.
+
+    The eigenvalues of the adjacency are these singular values, their negatives, and zeros.
+
+    Args:
+        layers: As of `energy_and_grad`.
+        absolute: As of `energy_and_grad`; the singular values are those of the nonnegative weights.
+
+    Returns:
+        E and the gradients as `energy_and_grad` gives them, and the min(shape of B) singular values in descending
+        order, in the dtype of E, each within about 1e-6 (float64: 1e-8) of the largest; E is twice their sum.
+
+    Raises:
+        UsageError: the layers do not make a network.
+        NonFiniteError: a weight is NaN or infinite (the layer is named), or E overflows its dtype.
+
+    Cost: as of `energy_and_grad`.
+
+    >>> energy_grad_and_spectrum([torch.tensor([[0.0, -3.0], [4.0, 0.0]])])[2]
+    tensor([4., 3.])
+    """
+    found = _found(layers, absolute, spectrum=True)
+    sigma = torch.zeros_like(found.value)[None] if found.sigma is None else found.sigma
+    return found.value, found.grads, sigma
+
+
+def _found(layers: Sequence[Tensor], absolute: bool, spectrum: bool) -> _Found:
+    task = _Task(staircase(tuple(node_sizes(layers))), absolute, spectrum)
     with torch.no_grad():
         dtype = _working(_promoted(layers))
         work = [w.detach().to(dtype) for w in layers]
-        value, grads = _at_any_scale([w.abs() for w in work] if absolute else work, sizes, layers, absolute)
-        if absolute:
-            grads = [g.mul_(w.sign()) for g, w in zip(grads, work)]
-        return value, [g.to(w.dtype) for g, w in zip(grads, layers)]
+        found = _at_any_scale([w.abs() for w in work] if absolute else work, layers, task)
+        grads = [g.mul_(w.sign()) for g, w in zip(found.grads, work)] if absolute else found.grads
+        return _Found(found.value, [g.to(w.dtype) for g, w in zip(grads, layers)], found.sigma)
 
 
 def _promoted(layers: Sequence[Tensor]) -> torch.dtype:
@@ -228,88 +264,102 @@ def _refuse_nonfinite(layers: Sequence[Tensor]) -> None:
             )
 
 
-def _at_any_scale(
-    work: list[Tensor], sizes: list[int], layers: Sequence[Tensor], absolute: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradient; weights whose squares leave the dtype's range are scaled by a power of two and back."""
-    plan = staircase(tuple(sizes))
-    result = _by_best_route(work, plan, absolute)
+@dataclass(frozen=True)
+class _Found:
+    """What a route gives: E, the gradients, and the singular values of B where they were asked for."""
+
+    value: Tensor
+    grads: list[Tensor]
+    sigma: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Found:
+        sigma = None if self.sigma is None else self.sigma.to(dtype)
+        return _Found(self.value.to(dtype), [g.to(dtype) for g in self.grads], sigma)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every route is told: where the layers stand, whether they are nonnegative, and what is asked for."""
+
+    plan: Staircase
+    absolute: bool
+    spectrum: bool
+
+
+def _at_any_scale(work: list[Tensor], layers: Sequence[Tensor], task: _Task) -> _Found:
+    """Weights whose squares leave the dtype's range are scaled by a power of two and back."""
+    result = _by_best_route(work, task)
     if result is not None:
         return result
     _refuse_nonfinite(layers)
     largest = max((float(w.abs().max()) for w in work if w.numel()), default=0.0)
     if largest == 0.0:
-        return work[0].new_zeros(()), [torch.zeros_like(w) for w in work]
+        zero = work[0].new_zeros(task.plan.small_side)
+        return _Found(zero.sum(), [torch.zeros_like(w) for w in work], zero)
     limit = 1000 if work[0].dtype == torch.float64 else 120
     scale = 2.0 ** max(-limit, min(limit, -math.frexp(largest)[1]))
-    result = _by_best_route([w * scale for w in work], plan, absolute)
-    if result is None or not bool((result[0] / scale).isfinite()):
+    result = _by_best_route([w * scale for w in work], task)
+    if result is None or not bool((result.value / scale).isfinite()):
         raise NonFiniteError(
             f"the graph energy overflows {work[0].dtype} (largest weight {largest:.3g}): scale it down"
         )
-    return result[0] / scale, result[1]
+    return _Found(result.value / scale, result.grads, None if result.sigma is None else result.sigma / scale)
 
 
-def _by_best_route(work: list[Tensor], plan: Staircase, absolute: bool) -> tuple[Tensor, list[Tensor]] | None:
+def _by_best_route(work: list[Tensor], task: _Task) -> _Found | None:
     """Takes the cheapest route that is accurate enough, or None where the weights need scaling (or are not finite)."""
-    info = torch.finfo(work[0].dtype)
+    plan, info, double = task.plan, torch.finfo(work[0].dtype), work[0].dtype == torch.float64
     tolerance = plan.long_side * info.eps
 
     def comfortable(total: float) -> bool:  # tr G = ||B||_F^2: every weight enters, so NaN and infinity show
         return 1e6 * info.tiny / info.eps < total < 1e-6 * info.max
 
     # Nonnegative weights have one eigenvalue far above the rest (Perron), out of reach of a float32 Gram.
-    if work[0].dtype == torch.float64 or not absolute:
+    if not double and not task.absolute:
         gram = plan.gram(work)
         total = float(gram.trace())
         if not comfortable(total):
             return None
-        if work[0].dtype == torch.float64:
-            return _by_gram(work, plan, gram, 0.0, _TRUST_DOUBLE) or _by_svd(work, tolerance)
-        result = _by_gram(work, plan, gram, 0.0, _TRUST_SINGLE) if _conditioned(gram, total) else None
+        if plan.deep:
+            result = _by_poles(work, gram, task, 0.0, _TRUST_SINGLE)
+        else:
+            result = _by_gram(work, gram, task, 0.0, _TRUST_SINGLE) if _promising(gram, total) else None
         if result is not None:
             return result
-    double = [w.double() for w in work]
-    gram = plan.gram(double)
+    exact = [w.double() for w in work]
+    gram = plan.gram(exact)
     if not comfortable(float(gram.trace())):
         return None
-    value, grads = _by_gram(work, plan, gram, tolerance, _TRUST_DOUBLE_FOR_SINGLE) or _by_svd(double, tolerance)
-    return value.to(work[0].dtype), [g.to(work[0].dtype) for g in grads]
+    result, zero, trust = None, 0.0 if double else tolerance, _TRUST_DOUBLE if double else _TRUST_DOUBLE_FOR_SINGLE
+    if plan.deep:
+        result = _by_poles(work, gram, task, zero, trust)
+    elif task.absolute and not double:
+        result = _without_perron(work, gram, task, tolerance)
+    result = result or _by_gram(work, gram, task, zero, trust) or _by_svd(exact, tolerance)
+    return result.to(work[0].dtype)
 
 
-def _conditioned(gram: Tensor, total: float) -> bool:
-    """Predicts whether a float32 Gram will do, so that no eigendecomposition is thrown away (at a tenth of its cost).
+def _promising(gram: Tensor, total: float) -> bool:
+    """Says whether a float32 Gram may do, so that few eigendecompositions are thrown away (at a tenth of their cost).
 
-    lambda_max is at least ||G||_F^2 / tr G; two fixed probes z estimate ||G^-1||_F by ||G^-1 z||, from the Cholesky
-    factor. Only speed depends on the prediction: `_by_gram` looks at the spectrum itself.
+    lambda_max is at least ||G||_F^2 / tr G, the mean of 1 / lambda at least that of 1 / L_ii^2: what is refused here
+    `_by_gram` would refuse too.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):
         return False
-    n = gram.shape[0]
-    half_solved = torch.linalg.solve_triangular(factor, _probes(n, gram.device), upper=False)
-    inverse = float(torch.linalg.solve_triangular(factor.mT, half_solved, upper=True).norm()) / math.sqrt(2)
-    largest = float(gram.norm()) ** 2 / total
-    return torch.finfo(gram.dtype).eps * largest * inverse / math.sqrt(n) < _TRUST_SINGLE
+    # The upper triangle is not all there, so the norm is a bound from below still.
+    bound = float(gram.norm()) ** 2 / total * float(factor.diagonal().reciprocal().square().mean())
+    return torch.finfo(gram.dtype).eps * bound < _TRUST_SINGLE
 
 
-@lru_cache(maxsize=64)
-def _probes(n: int, device: torch.device) -> Tensor:
-    """Two fixed sign vectors, (n, 2), without a global generator."""
-    generator = torch.Generator("cpu").manual_seed(n)
-    bits = torch.randint(0, 2, (n, 2), generator=generator, device="cpu", dtype=torch.float32)
-    return (2 * bits - 1).to(device)
-
-
-def _by_gram(
-    work: list[Tensor], plan: Staircase, gram: Tensor, tolerance: float, trust: float
-) -> tuple[Tensor, list[Tensor]] | None:
+def _by_gram(work: list[Tensor], gram: Tensor, task: _Task, tolerance: float, trust: float) -> _Found | None:
     """Closed form by the Gram's eigendecomposition, or None where rounding in the Gram would show in the result.
 
     Args:
         work: The layers; they may be float32 with a float64 Gram.
-        plan: Where each layer stands.
         gram: Lower triangle of M^T M.
+        task: What to do.
         tolerance: Singular values up to tolerance * sigma_1 are kernel; 0: there must be none.
         trust: Bound on the estimated relative error of the gradient.
     """
@@ -326,19 +376,83 @@ def _by_gram(
         return None
     sigma = lam.clamp_min(0).sqrt()
     half = vectors[:, kernel:] * (2 / sigma[kernel:]).sqrt()
-    z = half @ half.mT
-    if z.dtype != work[0].dtype:
-        # The product M Z may stay in float32 at condition numbers where the Gram may not: its error has 1 / sigma once.
-        rms = float(sigma[kernel:].reciprocal().norm()) / math.sqrt(kept.shape[0])
-        if torch.finfo(work[0].dtype).eps * math.sqrt(largest) * rms < _TRUST_PRODUCT:
-            z = z.to(work[0].dtype)
-        else:
-            work = [w.to(z.dtype) for w in work]
-    return 2 * sigma.sum(), plan.gradients(work, z)
+    z = task.plan.split(half @ half.mT)
+    grads = _product(work, z, task.plan, largest * float(kept.reciprocal().mean()))
+    return _Found(2 * sigma.sum(), grads, sigma.flip(0))
 
 
-def _by_svd(work: list[Tensor], tolerance: float) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradient by a thin SVD of the dense B."""
+def _product(work: list[Tensor], z: Blocks, plan: Staircase, condition: float) -> list[Tensor]:
+    """The gradients from the blocks of Z = 2 G^{-1/2}, where Z may be float64 and the layers float32.
+
+    The product M Z may stay in float32 at condition numbers where the Gram may not: its error has 1 / sigma once.
+    """
+    single, double = work[0].dtype, z[0][0].dtype
+    if single == double:
+        return plan.gradients(work, *z)
+    if torch.finfo(single).eps * math.sqrt(condition) < _TRUST_PRODUCT:
+        return plan.gradients(work, [b.to(single) for b in z[0]], [b.to(single) for b in z[1]])
+    return plan.gradients([w.to(double) for w in work], *z)
+
+
+def _without_perron(work: list[Tensor], gram: Tensor, task: _Task, tolerance: float) -> _Found | None:
+    """Closed form by a float32 eigendecomposition of a float64 Gram without its largest eigenvalue, or None.
+
+    For nonnegative layers: the power iteration starts at their Perron vector, nearly, and the gap is wide. What is left
+    of G has an ordinary condition number. The eigenvalue is moved into the middle of the others, not to zero.
+    """
+    n, total = gram.shape[0], gram.trace()
+    if n < 2:
+        return None
+    full = gram.tril().add_(gram.tril(-1).mT).div_(total)
+    x = full.sum(0)
+    for _ in range(_POWER_STEPS):
+        x = full @ x
+    x = x / x.norm()
+    image = full @ x
+    top = float(x @ image)
+    error, middle = float((image - top * x).norm()), (1 - top) / (n - 1)
+    rest = full.addr(x, x, alpha=middle - top).float()
+    if not _promising(rest, 1 - top + middle):
+        return None
+    lam, vectors = torch.linalg.eigh(rest)
+    rms = float(lam.reciprocal().norm()) / math.sqrt(n)
+    wrong = (torch.finfo(lam.dtype).eps * float(lam[-1]) + error) * rms
+    if not (float(lam[0]) > tolerance**2 * top and wrong < _TRUST_SINGLE):
+        return None
+    half = vectors * (2 / lam.sqrt()).sqrt()
+    root, x = math.sqrt(float(total)), x.float()
+    z = (half @ half.mT).addr_(x, x, alpha=2 / math.sqrt(top) - 2 / math.sqrt(middle)).div_(root)
+    sigma = lam.double().sqrt()
+    sigma[int((lam - middle).abs().argmin())] = math.sqrt(top)
+    sigma = root * sigma.sort(descending=True).values
+    return _Found(2 * sigma.sum(), task.plan.gradients(work, *task.plan.split(z)), sigma)
+
+
+def _by_poles(work: list[Tensor], gram: Tensor, task: _Task, tolerance: float, trust: float) -> _Found | None:
+    """Closed form by partial fractions on the blocks of the Gram; arguments and result as of `_by_gram`."""
+    blocks = task.plan.split(gram)
+    for block in blocks[0]:
+        block.copy_(block.tril() + block.tril(-1).mT)
+    inverse = selected_inverse(*blocks)
+    if inverse is None:
+        return None
+    # The trace of G^-1 bounds 1 / lambda_min, and ||G||_F bounds lambda_max; ||G||_F^2 / tr G is nearer, from below.
+    trace, square = float(sum(d.trace() for d in inverse[0])), float(inner(blocks, blocks))
+    largest, rms = 2 * square / float(gram.trace()), math.sqrt(float(inner(inverse, inverse)) / gram.shape[0])
+    eps = torch.finfo(gram.dtype).eps
+    if not (trace * math.sqrt(square) * max(tolerance, eps) ** 2 < 1 and eps * largest * rms < trust):
+        return None
+    z = inverse_root(*blocks, 1 / trace, math.sqrt(square), _POLE_ERROR[work[0].dtype])
+    if z is None:
+        return None
+    value = 2 * inner(blocks, z)
+    grads = _product(work, z, task.plan, largest * trace / gram.shape[0])
+    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0) if task.spectrum else None
+    return _Found(value, [g.mul_(2) for g in grads], sigma)
+
+
+def _by_svd(work: list[Tensor], tolerance: float) -> _Found:
+    """Singular values and gradient by a thin SVD of the dense B."""
     b = biadjacency(work)
     u, sigma, vh = torch.linalg.svd(b, full_matrices=False)
     rank = int((sigma > tolerance * sigma[0]).sum())
@@ -348,4 +462,4 @@ def _by_svd(work: list[Tensor], tolerance: float) -> tuple[Tensor, list[Tensor]]
         polar[places[layer - 1], places[layer]].mT if layer % 2 else polar[places[layer], places[layer - 1]]
         for layer in range(1, len(places))
     ]
-    return 2 * sigma.sum(), [g.contiguous() for g in grads]
+    return _Found(2 * sigma.sum(), [g.contiguous() for g in grads], sigma)

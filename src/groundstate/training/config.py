@@ -23,7 +23,7 @@ _CHOICES = {
 }
 _COUNTS = ("every", "epochs", "batch_size", "accumulate", "threads", "checkpoint_every", "keep")
 _NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "label_noise")
-_POSITIVE_IF_GIVEN = ("clip", "final_prox")
+_POSITIVE_IF_GIVEN = ("clip", "final_prox", "gap")
 _COUNT_IF_GIVEN = ("checkpoint_steps", "train_size")
 _TEXT = ("energy", "monitor", "model")
 _TEXT_IF_GIVEN = ("select", "data_dir")
@@ -39,6 +39,7 @@ class TrainConfig:
         energy: Spec of the energy, e.g. ``"1e-3*nuclear"``; ``"none"`` is the baseline.
         coupling: Coupling of the terms that name none.
         every: Let weight energies act at every k-th step.
+        gap: Keep the gradients of nuclear and graph until their bounds are this far apart; default: none are kept.
         select: Patterns of weight names; default: all matrices.
         data: ``digits`` (embedded) or ``mnist``.
         data_dir: Folder with local copies of the data.
@@ -63,6 +64,7 @@ class TrainConfig:
     energy: str = "none"
     coupling: str = "grad"
     every: int = 1
+    gap: float | None = None
     select: str | None = None
     data: str = "digits"
     data_dir: str | None = None

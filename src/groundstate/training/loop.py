@@ -131,7 +131,7 @@ class Run:
         )
         self.model = models.build(config.model, self.data.inputs, self.data.classes, config.seed)
         self.optimizer = _optimizer(config, self.model)
-        self.regularizer = self._regularizer(config.energy, config.coupling, config.every, config.select)
+        self.regularizer = self._regularizer(config.energy, config.coupling, acting=True)
         self.monitor = self._regularizer(config.monitor, "monitor")
         in_loss = self.regularizer is not None and any(p.coupling == "loss" for p in self.regularizer.placed)
         self.in_loss = self.regularizer if in_loss else None
@@ -145,11 +145,12 @@ class Run:
         self._outputs: list[tuple[Tensor, Tensor]] = []
         self._clock = time.perf_counter()
 
-    def _regularizer(self, spec: str, coupling: Any, every: int = 1, select: str | None = None) -> Regularizer | None:
-        energy = parse(spec)
+    def _regularizer(self, spec: str, coupling: Any, acting: bool = False) -> Regularizer | None:
+        energy, config = parse(spec), self.config
         if not energy.terms:
             return None
-        made = Regularizer(self.model, energy, coupling=coupling, every=every, select=select, seed=self.config.seed)
+        how: dict[str, Any] = {"every": config.every, "gap": config.gap, "select": config.select} if acting else {}
+        made = Regularizer(self.model, energy, coupling=coupling, seed=config.seed, **how)
         return made.attach(self.optimizer)
 
     # ------------------------------------------------------------------ from start to end

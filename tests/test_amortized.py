@@ -1,0 +1,294 @@
+"""Kept gradients: the bounds hold everywhere, they say when to renew, and training with them can be taken up again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from groundstate import Regularizer
+from groundstate.errors import NonFiniteError, UsageError
+from groundstate.norms import graph
+from groundstate.norms.anchor import Anchor, anchor, bounds, displacement
+from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
+
+MATRICES = 5000
+
+
+def smoothed_nuclear(w: Tensor, e: float) -> float:
+    s = torch.linalg.svdvals(w.double())
+    return float((s * s / (torch.hypot(s, torch.tensor(e, dtype=s.dtype)) + e)).sum()) if e else float(s.sum())
+
+
+def hostile(draw: random.Random, generator: torch.Generator) -> Tensor:
+    """A random matrix: of any rank, of singular values over up to 12 decades, of any scale from 1e-3 to 1e3."""
+    m, n = draw.randint(1, 40), draw.randint(1, 40)
+    rank = draw.choice([min(m, n), draw.randint(1, min(m, n))])
+    w = torch.randn(m, rank, generator=generator, dtype=torch.float64) @ torch.randn(
+        rank, n, generator=generator, dtype=torch.float64
+    )
+    if draw.random() < 0.3:
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        w = (u * torch.logspace(0, -draw.uniform(0, 12), len(s), dtype=torch.float64) * s[0]) @ vh
+    return w * 10 ** draw.uniform(-3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_always_hold(dtype: torch.dtype) -> None:
+    draw, generator = random.Random(str(dtype)), torch.Generator().manual_seed(1)
+    for _ in range(MATRICES):
+        w0, e = hostile(draw, generator), draw.choice([0.0, 0.0, 0.1, 1e-3])
+        size = w0.norm() / math.sqrt(w0.numel()) * draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
+        w = (w0 + size * torch.randn(w0.shape, generator=generator, dtype=torch.float64)).to(dtype)
+        lower, upper = bounds(w, anchor(w0.to(dtype), draw.choice([0.001, 0.01, 0.2]), e)).tolist()
+        assert 0 <= lower <= smoothed_nuclear(w, e) <= upper
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (2048, 256)])
+def test_bounds_hold_at_real_size(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w0 = torch.randn(shape, generator=generator)
+    found = anchor(w0, 0.01)
+    for step in (0.0, 0.03):
+        w = w0 + step * torch.randn(shape, generator=generator)
+        lower, upper = bounds(w, found).tolist()
+        assert lower <= smoothed_nuclear(w, 0.0) <= upper
+        assert upper - lower <= 0.01 * lower
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_at_the_anchor_bounds_are_tight(smoothing: float) -> None:
+    w = torch.randn(40, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = anchor(w, 0.01, smoothing)
+    lower, upper = bounds(w, found).tolist()
+    assert lower == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)  # float64 rounding
+    assert upper - lower <= 0.15 * 0.01 * lower * 1.001  # the share of the gap that is given away
+    assert float(found.value) == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)
+
+
+def test_the_gap_grows_as_the_square_of_the_distance() -> None:
+    generator = torch.Generator().manual_seed(3)
+    w, d = torch.randn(2, 60, 30, generator=generator, dtype=torch.float64)
+    found = anchor(w, 1e-9)  # nothing given away at the anchor
+    gaps = []
+    for t in (1e-3, 2e-3):
+        lower, upper = bounds(w + t * d, found).tolist()
+        gaps.append(upper - lower)
+    assert gaps[1] / gaps[0] == pytest.approx(4, rel=0.02)  # terms of third order: 2e-3 of it, and more
+
+
+def test_displacement_spends_the_budget() -> None:
+    s = torch.rand(50, generator=torch.Generator().manual_seed(4), dtype=torch.float64).sort(descending=True).values
+
+    def cost(d: float) -> float:
+        m = torch.hypot(s, torch.tensor(d, dtype=torch.float64))
+        return float(((s**2 / m + m) / 2 - s).sum())
+
+    d = displacement(s, 0.1)
+    assert cost(d) <= 0.1 < cost(1.2 * d)  # d is on a grid of steps 2^(1/4) = 1.19
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e25])
+def test_zero_and_extreme_weights_are_renewed_at_every_step(scale: float) -> None:
+    w = scale * torch.ones(4, 3)
+    found = anchor(w, 0.01)
+    assert bounds(w, found).tolist()[1] == math.inf
+    assert found.metric.numel() == 0
+    assert bool(found.gradient.isfinite().all())
+    assert float(found.value) == pytest.approx(scale * math.sqrt(12), rel=1e-6)
+
+
+def test_bounds_of_half_precision() -> None:
+    generator = torch.Generator().manual_seed(5)
+    w0 = torch.randn(30, 20, generator=generator).bfloat16()
+    w = (w0.float() + 0.02 * torch.randn(30, 20, generator=generator)).bfloat16()
+    found = anchor(w0, 0.01)
+    # the gradient that acts is rounded to bfloat16, and the bound is that of the rounded one: 1/256 of it at most
+    lower, upper = bounds(w, found).tolist()
+    assert lower <= smoothed_nuclear(w, 0.0) * (1 + 1 / 256)
+    assert smoothed_nuclear(w, 0.0) <= upper
+
+
+def test_graph_bounds_always_hold() -> None:
+    draw, generator = random.Random(6), torch.Generator().manual_seed(6)
+    for _ in range(300):
+        sizes = [draw.randint(1, 20) for _ in range(draw.randint(2, 6))]
+        dtype = draw.choice([torch.float32, torch.float64])
+        layers = [torch.randn(b, a, generator=generator, dtype=dtype) for a, b in itertools.pairwise(sizes)]
+        gradients, memory = graph_anchor(layers, 0.01)
+        size = draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
+        moved = [w + size * torch.randn(w.shape, generator=generator, dtype=dtype) for w in layers]
+        lower, upper = graph_bounds(moved, gradients, memory).tolist()
+        exact = float(graph.energy([w.double() for w in moved]))
+        assert 0 <= lower <= exact <= upper
+        if size == 0:
+            assert upper - lower <= 0.01 * lower
+
+
+# ---------------------------------------------------------------------- in training
+
+
+def network(sizes: tuple[int, ...] = (12, 10, 8, 3), seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def training(
+    model: nn.Module, rate: float = 0.05, seed: int = 0, **how: object
+) -> tuple[Callable[[], None], Regularizer, torch.optim.Optimizer]:
+    """A step of SGD on noise, whose samples depend on the step alone."""
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    reg = Regularizer(model, **how).attach(optimizer)  # pyright: ignore[reportArgumentType]
+
+    def step() -> None:
+        generator = torch.Generator().manual_seed(seed + reg.step_count)
+        x, y = torch.randn(16, 12, generator=generator), torch.randint(0, 3, (16,), generator=generator)
+        loss = nn.functional.cross_entropy(model(x), y)
+        if any(p.coupling == "loss" for p in reg.placed):
+            loss = loss + reg.loss(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step, reg, optimizer
+
+
+@pytest.mark.parametrize("energy", ["1e-3*nuclear", "1e-3*nuclear(smoothing=0.1)", "1e-3*graph"])
+def test_the_gap_is_kept_at_a_fraction_of_the_decompositions(energy: str) -> None:
+    model = network()
+    step, reg, _ = training(model, energy=energy, gap=0.05)
+    for _ in range(100):
+        step()
+        for line in reg.wear()[reg.placed[0].key]:
+            assert line.upper - line.lower <= 0.05 * line.lower
+    counts = [line.refreshes for line in reg.wear()[reg.placed[0].key]]
+    assert max(counts) < 50
+    assert min(counts) >= 1
+
+
+def test_a_tight_gap_is_the_exact_energy() -> None:
+    """With a gap below what one step opens, every gradient is fresh."""
+    plain, kept = network().double(), network().double()
+    for model, how in ((plain, {}), (kept, {"gap": 1e-13})):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        reg = Regularizer(model, "1e-2*nuclear", **how).attach(optimizer)
+        for k in range(10):
+            x = torch.randn(16, 12, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert reg.step_count == 10
+    for a, b in zip(plain.parameters(), kept.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # two routes to one polar factor, ten steps
+
+
+def test_renewals_are_spread_over_the_steps() -> None:
+    """Eight equal layers, renewed together at the first step, are not for long."""
+    model = network((12, *[24] * 8, 3))
+    step, reg, _ = training(model, rate=0.1, energy="1e-3*nuclear", gap=0.01)
+    together = []
+    for _ in range(150):
+        before = [line.refreshes for line in reg.wear()["nuclear"]]
+        step()
+        together.append(sum(a.refreshes - b for a, b in zip(reg.wear()["nuclear"], before)))
+    assert together[0] == 9
+    assert max(together[1:]) <= 4
+    assert sum(together[50:]) > 20
+
+
+def test_the_term_in_the_loss_is_the_same() -> None:
+    first, second = network().double(), network().double()
+    for model, coupling in ((first, "grad"), (second, "loss")):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        reg = Regularizer(model, "1e-2*nuclear", gap=0.05, coupling=coupling).attach(optimizer)
+        for k in range(12):
+            x = torch.randn(16, 12, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+            optimizer.zero_grad()
+            (model(x).square().mean() + reg.loss()).backward()
+            optimizer.step()
+    for a, b in zip(first.parameters(), second.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)  # one rounding a step
+
+
+@pytest.mark.parametrize("energy", ["1e-3*nuclear", "1e-3*graph"])
+def test_resumed_training_is_the_same_to_the_last_bit(energy: str) -> None:
+    whole, part = network(), network()
+    step, _, _ = training(whole, energy=energy, gap=0.05)
+    for _ in range(40):
+        step()
+    step, reg, optimizer = training(part, energy=energy, gap=0.05)
+    for _ in range(17):
+        step()
+    saved = {k: v.clone() if isinstance(v, Tensor) else v for k, v in reg.state_dict().items()}
+    again = network(seed=1)
+    again.load_state_dict(part.state_dict())
+    step, reg, second = training(again, energy=energy, gap=0.05)
+    second.load_state_dict(optimizer.state_dict())
+    reg.load_state_dict(saved)
+    for _ in range(23):
+        step()
+    for a, b in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_state_of_other_weights_is_refused() -> None:
+    step, reg, _ = training(network(), energy="nuclear", gap=0.05)
+    step()
+    _, other, _ = training(network((12, 9, 8, 3)), energy="nuclear", gap=0.05)
+    with pytest.raises(UsageError, match="other weights"):
+        other.load_state_dict(reg.state_dict())
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = network()
+    step, _reg, optimizer = training(model, energy="nuclear", gap=0.05)
+    step()
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def steps() -> None:
+        for _ in range(20):  # at one of them the bounds are looked at
+            optimizer.step()
+
+    with pytest.raises(NonFiniteError, match=r"nuclear at 2\.weight"):
+        steps()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.0, -0.1, math.nan, True, "0.01"])
+def test_a_gap_out_of_range_is_refused(gap: object) -> None:
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        Regularizer(network(), "nuclear", gap=gap)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("energy", ["squared_frobenius", "graph(absolute=True)", "nuclear@prox", "nuclear@monitor"])
+def test_energies_without_bounds_are_refused(energy: str) -> None:
+    with pytest.raises(UsageError, match="certified bounds"):
+        Regularizer(network(), energy, gap=0.01)
+
+
+def test_a_gap_and_rare_steps_are_refused() -> None:
+    with pytest.raises(UsageError, match="every=3"):
+        Regularizer(network(), "nuclear", gap=0.01, every=3)
+
+
+def test_other_terms_of_a_sum_act_as_ever() -> None:
+    model = network()
+    step, reg, _ = training(model, energy="1e-3*nuclear + 1e-3*squared_frobenius", gap=0.05)
+    for _ in range(5):
+        step()
+    assert set(reg.wear()) == {"nuclear"}
+    assert "0.05" in reg.describe()
+
+
+def test_an_anchor_is_a_flat_mapping_of_tensors() -> None:
+    found = anchor(torch.eye(3), 0.01)
+    assert isinstance(found, Anchor)
+    assert all(isinstance(v, Tensor) for v in found)
