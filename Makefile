@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= runs/demo
 DEVICE ?= cpu
 
-.PHONY: demo test test-slow check lint format bench bench-function clean
+.PHONY: demo test test-slow check lint format bench bench-function bench-sphere bench-spectral clean
 
 demo: .venv/ready  ## environment, install, compare on the embedded digits, report
 	$(BIN)/groundstate compare --epochs 40 --label-noise 0.2 --seeds 5 --out $(OUT) $(if $(wildcard $(OUT)/compare.json),--resume $(OUT),)
@@ -27,11 +27,17 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-function  ## speed, side by side, into benchmarks/results
+bench: bench-function bench-sphere bench-spectral  ## speed, side by side, into benchmarks/results
 	for file in benchmarks/graph_energy.py benchmarks/loop_overhead.py benchmarks/nuclear.py; do $(BIN)/python $$file || exit 1; done
 
 bench-function: .venv/ready  ## energies of the function; DEVICE=cuda for a GPU
 	$(BIN)/python benchmarks/function.py --device $(DEVICE)
+
+bench-sphere: .venv/ready  ## hyperspherical energies
+	$(BIN)/python benchmarks/sphere.py --huge
+
+bench-spectral: .venv/ready  ## spectral energies, exact and amortized; DEVICE=cuda for a GPU
+	$(BIN)/python benchmarks/spectral.py --device $(DEVICE)
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

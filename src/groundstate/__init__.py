@@ -13,13 +13,15 @@ _HOME = {
     "Regularizer": "groundstate.regularizer",
     "measure": "groundstate.measure",
     "compress": "groundstate.compress",
+    "load_compressed": "groundstate.compressed_folder",
     "parse": "groundstate.energies.registry",
     "GroundstateError": "groundstate.errors",
 }
-__all__ = ["GroundstateError", "Regularizer", "__version__", "compress", "measure", "parse"]
+__all__ = ["GroundstateError", "Regularizer", "__version__", "compress", "load_compressed", "measure", "parse"]
 
 if TYPE_CHECKING:
     from groundstate.compress import compress
+    from groundstate.compressed_folder import load_compressed
     from groundstate.energies.registry import parse
     from groundstate.errors import GroundstateError
     from groundstate.measure import measure

@@ -1,10 +1,9 @@
-"""Low-rank factors for the layers that they make smaller.
+"""A trained network with low-rank factors for the layers that they make smaller.
 
-A weight W (m x n) = U S V^T cut to rank r is B A with B = U_r S_r^{1/2} (m x r) and A = S_r^{1/2} V_r^T (r x n): r (m
-+ n) numbers instead of m n. The relative error ||W - B A||_F / ||W||_F = (sum_{i>r} sigma_i^2 / sum_i
-sigma_i^2)^{1/2} is the smallest that rank r allows (Eckart and Young 1936). A convolution ``(out, in, *kernel)`` is
-cut as ``(out, in * kernel)``: a convolution to r channels, then a 1x1 one. A layer with r (m + n) >= m n is left as
-it is, with that reason.
+A weight W (m x n) = U S V^T cut to rank r is B A with B (m x r) and A (r x n): r (m + n) numbers instead of m n. The
+relative error ||W - B A||_F / ||W||_F = (sum_{i>r} sigma_i^2 / sum_i sigma_i^2)^{1/2} is the smallest that rank r
+allows (Eckart and Young 1936). The ranks come from a rule for each weight, or from what may change of the network's
+output on given data (`groundstate.compress_output`). A layer with r (m + n) >= m n is left as it is, with that reason.
 """
 
 from __future__ import annotations
@@ -12,49 +11,31 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from groundstate.blocks import as_matrix, canonical
-from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms.spectral import svd
+from groundstate.blocks import canonical
+from groundstate.compress_factors import (
+    DENSE,
+    Factorized,
+    Layer,
+    RandomizedError,
+    cut,
+    frobenius_error,
+    replace_layers,
+    terms_of,
+    truncate,
+)
+from groundstate.compress_output import Allocation, Data, allocate
+from groundstate.errors import UsageError
 
-DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-class Factorized(nn.Sequential):
-    """Two layers in the place of one; their weights are named ``<layer>.0.weight`` and ``<layer>.1.weight``.
-
-    ``weight`` and ``bias`` give the layer they stand for, for code that reads them.
-    """
-
-    @property
-    def weight(self) -> Tensor:
-        """The product of the factors, in the shape of the dense weight."""
-        a, b = self._factors()
-        return (as_matrix(b) @ as_matrix(a)).reshape(b.shape[0], *a.shape[1:])
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of the dense layer."""
-        bias = self[1].bias
-        return bias if isinstance(bias, Tensor) else None
-
-    @property
-    def rank(self) -> int:
-        """The number of channels between the two factors."""
-        return self._factors()[0].shape[0]
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        a, b = (cast(Tensor, part.weight) for part in self)
-        return a, b
+__all__ = ["DENSE", "Compressed", "Factorized", "LayerRow", "compress", "cut", "latencies", "truncate"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +47,15 @@ class LayerRow:
         kind: Its class.
         shape: The shape of its weight.
         factored: Whether two factors took its place.
-        rank: The rank asked for (``None`` where the layer was not looked at).
-        relative_error: ||W - B A||_F / ||W||_F, from the dropped singular values; 0 where it stayed dense.
+        rank: The rank asked for (``None`` where there was none).
+        relative_error: ||W - B A||_F / ||W||_F; 0 where it stayed dense.
         parameters_before: Entries of its weight; 0 where a layer above it shares it.
         parameters_after: Entries of its factors, or of the weight that stayed.
         reason: Why it stayed dense.
+        method: ``svd``, ``randomized svd`` or ``data-aware svd`` where it was factored.
+        output_error: With ``output_tolerance``, the relative error of its own output (without bias) on the data.
+        network_error: With ``output_tolerance``, the change of the network's output where it alone is factored.
+        randomized: What is known of the error of a randomized SVD.
     """
 
     name: str
@@ -82,6 +67,10 @@ class LayerRow:
     parameters_before: int
     parameters_after: int
     reason: str = ""
+    method: str = ""
+    output_error: float | None = None
+    network_error: float | None = None
+    randomized: RandomizedError | None = None
 
 
 @dataclass(frozen=True)
@@ -93,71 +82,26 @@ class Compressed:
         rows: One per layer with a weight of two or more dimensions.
         totals: ``parameters_before``, ``parameters_after``, ``bytes_before``, ``bytes_after`` (buffers included),
             ``ratio`` of parameters; ``latency_ms_before``, ``latency_ms_after`` (medians) with an example;
-            ``accuracy_before``, ``accuracy_after`` with ``evaluate``.
+            ``accuracy_before``, ``accuracy_after`` with ``evaluate``; ``output_change`` with ``output_tolerance``.
+        fine_tune: How the factors were trained afterwards, if they were: the figures above but ``accuracy_after`` and
+            the sizes are those of the factors as they were cut.
     """
 
     model: nn.Module
     rows: list[LayerRow]
     totals: dict[str, float]
+    fine_tune: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns rows and totals as plain JSON values."""
-        return {"schema": 1, "totals": self.totals, "rows": [asdict(r) | {"shape": list(r.shape)} for r in self.rows]}
+        rows = [asdict(r) | {"shape": list(r.shape)} for r in self.rows]
+        return {"schema": 1, "totals": self.totals, "rows": rows, "fine_tune": self.fine_tune}
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the weights and a description into a new folder; `groundstate.compressed_folder.load` reads it."""
+        """Writes a new folder that `groundstate.compressed_folder.load_compressed` reads."""
         from groundstate.compressed_folder import save
 
         return save(self, folder)
-
-
-def truncate(w: Tensor, tolerance: float) -> tuple[Tensor, int, int]:
-    """Drops the singular values below ``tolerance * sigma_1``.
-
-    Args:
-        w: A weight of two or more dimensions, seen as ``(out, in * kernel)``.
-        tolerance: Between 0 and 1; at 0 only rounding is dropped (see `cut`).
-
-    Returns:
-        ``(w_truncated, rank, parameters)``: the truncated weight in shape and dtype of ``w``, the rank r that is left,
-        and min(m n, r (m + n)), the numbers needed to store it.
-
-    >>> cut_weight, rank, parameters = truncate(torch.diag(torch.tensor([4.0, 2.0, 0.1])), 0.1)
-    >>> rank, parameters, round(float(cut_weight[2, 2]), 6)
-    (2, 9, 0.0)
-    """
-    _check(tolerance, None, None)
-    matrix = as_matrix(w.detach())
-    m, n = matrix.shape
-    u, s, vh = svd(matrix)
-    r = cut(s, max(m, n), tolerance=tolerance)
-    cut_matrix = (u[:, :r] * s[:r]) @ vh[:r]
-    return cut_matrix.to(w.dtype).reshape(w.shape), r, min(m * n, r * (m + n))
-
-
-def cut(
-    s: Tensor, longest: int, *, tolerance: float | None = None, energy: float | None = None, rank: int | None = None
-) -> int:
-    """Returns the rank that one rule leaves of singular values in descending order.
-
-    Args:
-        s: Singular values ``(r,)``.
-        longest: The longer side of the matrix: values up to ``longest * eps * sigma_1`` are rounding and never kept by
-            ``tolerance``.
-        tolerance: Keep sigma_i >= tolerance * sigma_1.
-        energy: Keep the fewest that hold this fraction of sum_i sigma_i^2.
-        rank: Keep this many.
-    """
-    if s.numel() == 0 or float(s[0]) == 0.0:
-        return 0
-    relative = s.double() / s[0].double()
-    if tolerance is not None:
-        rounding = longest * torch.finfo(s.dtype).eps
-        return int(((relative >= tolerance) & (relative > rounding)).sum())
-    if energy is not None:
-        mass = relative.square().cumsum(0)
-        return min(int((mass < energy * mass[-1] * (1 - 1e-12)).sum()) + 1, len(s))
-    return min(rank or 0, len(s))
 
 
 def compress(
@@ -166,74 +110,103 @@ def compress(
     tolerance: float | None = None,
     energy: float | None = None,
     rank: int | None = None,
+    output_tolerance: float | None = None,
+    data: Data | None = None,
+    data_aware: bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
     example: Tensor | tuple[Any, ...] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Compressed:
     """Replaces linear and convolution layers by two factors where that makes them smaller.
 
-    Exactly one of ``tolerance``, ``energy`` and ``rank`` chooses the ranks. The model itself is not changed. Layers
-    that share a weight share its factors.
+    Exactly one of ``tolerance``, ``energy``, ``rank`` and ``output_tolerance`` chooses the ranks. The model itself is
+    not changed. Layers that share a weight share its factors.
 
     Args:
-        model: Any module.
+        model: Any module; with ``output_tolerance`` one that returns one tensor.
         tolerance: Drop singular values below ``tolerance * sigma_1`` of their layer; in [0, 1).
         energy: Keep this fraction of each layer's squared Frobenius norm; in (0, 1].
         rank: Keep this many singular values in each layer.
+        output_tolerance: The largest ||f'(X) - f(X)||_F / ||f(X)||_F on ``data``, in (0, 1), measured in eval mode.
+        data: Inputs for that, or a tuple of inputs, samples first. Many more samples than the ranks: what the data do
+            not show is not kept, and inputs of another kind may change more.
+        data_aware: With ``output_tolerance``, factors that are best for the output of each layer on the data; else
+            for its weight.
         evaluate: Called on the model before and after, e.g. the accuracy on held-out data.
         example: An input, or a tuple of inputs: the time of a forward pass before and after is measured.
+        generator: For the randomized SVD that ``rank`` takes for large matrices; default: one with seed 0.
 
     Raises:
         UsageError: not exactly one rule, a value out of range, or a model without any such layer.
         NonFiniteError: a weight holds NaN or infinities; names it.
 
-    Cost: one SVD per layer.
+    Cost: one SVD per layer, randomized where ``rank`` is at most an eighth of sides from 1024 on. With
+    ``output_tolerance``, up to about 4 log2(rank) passes over the data for each layer, and the outputs in memory.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> smaller = compress(model, rank=8)
     >>> [(r.factored, r.parameters_after) for r in smaller.rows]   # 8 * (64 + 64); 8 * (64 + 10) = 592 < 640
     [(True, 1024), (True, 592)]
     """
-    _check(tolerance, energy, rank)
+    _check(tolerance=tolerance, energy=energy, rank=rank, output_tolerance=output_tolerance)
+    if (data is None) != (output_tolerance is None):
+        raise UsageError("data and output_tolerance go together: give both or neither")
     new = copy.deepcopy(model)
-    owners = _owners(new)
-    rows: list[LayerRow] = []
-    factors: dict[int, tuple[nn.Parameter, nn.Parameter] | None] = {}
-    replaced: dict[int, Factorized] = {}
-    for name, module, weight in owners:
-        shared = id(weight) in factors
-        refusal = _refusal(module, weight, owners)
-        if refusal is not None:
-            factors[id(weight)] = None
-            count = 0 if shared else weight.numel()
-            rows.append(
-                LayerRow(name, type(module).__name__, tuple(weight.shape), False, None, 0.0, count, count, refusal)
-            )
-            continue
-        row, pair = _factor(name, module, weight, tolerance, energy, rank)
-        if shared:
-            pair = factors[id(weight)]
-            row = _shared(row)
-        factors[id(weight)] = pair
-        rows.append(row)
-        if pair is not None:
-            replaced[id(module)] = build_factors(module, *pair)
-    if all(r.rank is None for r in rows):
-        listed = "; ".join(f"{r.name}: {r.reason}" for r in rows) or "it has no weight of two or more dimensions"
-        raise UsageError(f"the model has no linear or convolution layer to factor: {listed}")
-    new = replace_layers(new, replaced)
-    return Compressed(new, rows, _account(model, new, evaluate, example))
+    owners, reasons, layers = _plan(new)
+    change: dict[str, float] = {}
+    if data is not None and output_tolerance is not None:
+        allocation = allocate(new, list(layers.values()), data, output_tolerance, data_aware)
+        change["output_change"] = allocation.change
+        made = _allocated(list(layers.values()), allocation)
+    else:
+        drawn = torch.Generator().manual_seed(0) if generator is None else generator
+        made = [_cut(layer, tolerance, energy, rank, drawn) for layer in layers.values()]
+    rows = _rows(owners, reasons, dict(zip(layers, (row for row, _ in made))))
+    new = replace_layers(new, {k: v for _, factors in made for k, v in factors.items()})
+    return Compressed(new, rows, _account(model, new, evaluate, example) | change)
 
 
-def _check(tolerance: float | None, energy: float | None, rank: int | None) -> None:
-    given = {k: v for k, v in (("tolerance", tolerance), ("energy", energy), ("rank", rank)) if v is not None}
+def _check(**rules: Any) -> None:
+    given = {k: v for k, v in rules.items() if v is not None}
     if len(given) != 1:
-        raise UsageError(f"give exactly one of tolerance, energy and rank; got {', '.join(given) or 'none'}")
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise UsageError(f"tolerance must be at least 0 and less than 1 (a fraction of sigma_1), got {tolerance!r}")
-    if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"energy must be more than 0 and at most 1 (a fraction of the squared norm), got {energy!r}")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise UsageError(f"rank must be a whole number from 1, got {rank!r}")
+        named = ", ".join(given) or "none"
+        raise UsageError(f"give exactly one of tolerance, energy, rank and output_tolerance; got {named}")
+    ((rule, value),) = given.items()
+    if rule == "tolerance" and not 0 <= value < 1:
+        raise UsageError(f"tolerance must be at least 0 and less than 1 (a fraction of sigma_1), got {value!r}")
+    if rule == "energy" and not 0 < value <= 1:
+        raise UsageError(f"energy must be more than 0 and at most 1 (a fraction of the squared norm), got {value!r}")
+    if rule == "output_tolerance" and not 0 < value < 1:
+        raise UsageError(f"output_tolerance must be between 0 and 1 (a fraction of the output), got {value!r}")
+    if rule == "rank" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UsageError(f"rank must be a whole number from 1, got {value!r}")
+
+
+# ---------------------------------------------------------------------- what can be factored
+
+Owner = tuple[str, nn.Module, nn.Parameter]
+
+
+def _plan(model: nn.Module) -> tuple[list[Owner], list[str | None], dict[int, Layer]]:
+    """Returns all that hold a weight, why each cannot be factored, and the layers that can be, by ``id`` of weight."""
+    owners = _owners(model)
+    own = [_refusal(module, weight, owners) for _, module, weight in owners]
+    first: dict[int, str] = {}
+    for (name, _, weight), reason in zip(owners, own):
+        if reason is not None:
+            first.setdefault(id(weight), f"its weight is shared with {name}, which cannot be factored ({reason})")
+    reasons = [reason or first.get(id(weight)) for (_, _, weight), reason in zip(owners, own)]
+    layers: dict[int, Layer] = {}
+    for (name, module, weight), reason in zip(owners, reasons):
+        if reason is None:
+            layers.setdefault(id(weight), Layer(name, weight, [])).modules.append(module)
+    if not layers:
+        listed = "; ".join(f"{o[0]}: {r}" for o, r in zip(owners, reasons))
+        raise UsageError(
+            "the model has no linear or convolution layer to factor: "
+            + (listed or "it has no weight of two or more dimensions")
+        )
+    return owners, reasons, layers
 
 
 def _owners(model: nn.Module) -> list[tuple[str, nn.Module, nn.Parameter]]:
@@ -267,64 +240,73 @@ def _refusal(
     return None
 
 
-def _factor(
-    name: str, module: nn.Module, weight: nn.Parameter, tolerance: float | None, energy: float | None, rank: int | None
-) -> tuple[LayerRow, tuple[nn.Parameter, nn.Parameter] | None]:
-    matrix = as_matrix(weight.detach())
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFiniteError(f"the weight of {name!r} holds NaN or infinities: restore it from an earlier checkpoint")
-    m, n = matrix.shape
-    kind, shape, before = type(module).__name__, tuple(weight.shape), m * n
-    u, s, vh = svd(matrix)
-    r = max(cut(s, max(m, n), tolerance=tolerance, energy=energy, rank=rank), 1)
-    after = r * (m + n)
-    if after >= before:
-        reason = f"rank {r} would take {r} * ({m} + {n}) = {after} parameters, not fewer than {before}"
-        return LayerRow(name, kind, shape, False, r, 0.0, before, before, reason), None
-    root = s[:r].sqrt()
-    a = (root[:, None] * vh[:r]).to(weight.dtype).reshape(r, *weight.shape[1:])
-    b = (u[:, :r] * root).to(weight.dtype).reshape(m, r, *([1] * (weight.ndim - 2)))
-    relative = s.double() / s[0].double().clamp_min(torch.finfo(torch.float64).tiny)
-    error = float((relative[r:].square().sum() / relative.square().sum().clamp_min(1.0)).sqrt())
-    pair = tuple(nn.Parameter(f.contiguous(), requires_grad=weight.requires_grad) for f in (a, b))
-    return LayerRow(name, kind, shape, True, r, error, before, after), (pair[0], pair[1])
+# ---------------------------------------------------------------------- what becomes of it
+
+Made = tuple[LayerRow, dict[int, Factorized]]
 
 
-def _shared(row: LayerRow) -> LayerRow:
-    note = row.reason or "its factors are those of the layer above that shares the weight"
-    return LayerRow(row.name, row.kind, row.shape, row.factored, row.rank, row.relative_error, 0, 0, note)
+def _cut(
+    layer: Layer, tolerance: float | None, energy: float | None, rank: int | None, generator: torch.Generator
+) -> Made:
+    """Factors a layer at the rank that a rule for its weight gives, where that makes it smaller."""
+    layer.terms = terms_of(layer.name, layer.weight, rank, generator)
+    m, n = layer.sides
+    r = max(cut(layer.terms.s, max(m, n), tolerance=tolerance, energy=energy, rank=rank), 1)
+    if r <= layer.largest:
+        return _factored(layer, r)
+    row = _dense(layer.name, layer.modules[0], layer.weight)
+    reason = f"rank {r} would take {r} * ({m} + {n}) = {r * (m + n)} parameters, not fewer than {m * n}"
+    return replace(row, rank=r, reason=reason), {}
 
 
-def build_factors(module: nn.Module, a: nn.Parameter, b: nn.Parameter) -> Factorized:
-    """Builds the two layers around given factors; draws no random numbers."""
-    r = a.shape[0]
-    options: dict[str, Any] = {"device": "meta", "dtype": a.dtype}
-    first: nn.Module
-    second: nn.Module
-    if isinstance(module, nn.Linear):
-        first = nn.Linear(module.in_features, r, bias=False, **options)
-        second = nn.Linear(r, module.out_features, bias=False, **options)
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        kind: Any = type(module)
-        geometry = {k: getattr(module, k) for k in ("stride", "padding", "dilation", "padding_mode")}
-        first = kind(module.in_channels, r, module.kernel_size, bias=False, **geometry, **options)
-        second = kind(r, module.out_channels, 1, bias=False, **options)
-    else:
-        raise UsageError(f"{type(module).__name__} cannot be factored")
-    first.weight, second.weight = a, b
-    second.register_parameter("bias", cast("nn.Parameter | None", module.bias))
-    return Factorized(first, second).train(module.training)
+def _allocated(layers: Sequence[Layer], found: Allocation) -> list[Made]:
+    """Factors layers at the ranks that were found for the network."""
+    made: list[Made] = []
+    for layer, rank, local, alone, silent in zip(layers, found.ranks, found.local, found.alone, found.silent):
+        if rank is None:
+            reason = "no smaller rank keeps the output within the tolerance"
+            if silent:
+                reason = "no rank makes it smaller" if layer.largest == 0 else "the data give it no output"
+            row, factors = replace(_dense(layer.name, layer.modules[0], layer.weight), reason=reason), {}
+        else:
+            row, factors = _factored(layer, rank)
+        made.append((replace(row, output_error=local, network_error=alone), factors))
+    return made
 
 
-def replace_layers(model: nn.Module, replaced: dict[int, Factorized]) -> nn.Module:
-    """Puts each factorized layer in the place of the layer with that ``id``, in place; returns the model."""
-    if id(model) in replaced:
-        return replaced[id(model)]
-    for parent in list(model.modules()):
-        for short, child in list(parent._modules.items()):
-            if id(child) in replaced:
-                setattr(parent, short, replaced[id(child)])
-    return model
+def _dense(name: str, module: nn.Module, weight: nn.Parameter) -> LayerRow:
+    size = weight.numel()
+    return LayerRow(name, type(module).__name__, tuple(weight.shape), False, None, 0.0, size, size)
+
+
+def _factored(layer: Layer, rank: int) -> Made:
+    factors = layer.factorized(rank)
+    a, b = next(iter(factors.values())).factors
+    row = replace(
+        _dense(layer.name, layer.modules[0], layer.weight),
+        factored=True,
+        rank=rank,
+        relative_error=frobenius_error(layer.weight, a, b),
+        parameters_after=layer.parameters(rank),
+        method=layer.terms.method if layer.terms else "",
+        randomized=layer.terms.error if layer.terms else None,
+    )
+    return row, factors
+
+
+def _rows(owners: Sequence[Owner], reasons: Sequence[str | None], made: dict[int, LayerRow]) -> list[LayerRow]:
+    """Returns a row for each that holds a weight; a weight that is shared is counted once."""
+    rows: list[LayerRow] = []
+    counted: set[int] = set()
+    for (name, module, weight), reason in zip(owners, reasons):
+        row = replace(_dense(name, module, weight), reason=reason) if reason is not None else made[id(weight)]
+        row = replace(row, name=name, kind=type(module).__name__)
+        if id(weight) in counted:
+            note = row.reason or "its factors are those of the layer above that shares the weight"
+            row = replace(row, parameters_before=0, parameters_after=0, reason=note)
+        counted.add(id(weight))
+        rows.append(row)
+    return rows
 
 
 def _account(

@@ -1,8 +1,9 @@
 """A factorized model on disk: ``model.safetensors`` beside ``compressed.json``.
 
-The description holds the rank of each factored layer, and, for a plain ``nn.Sequential`` of linear layers and
-activations, the whole architecture; any other model is rebuilt from its dense form, which the caller gives. No pickle
-is written or read.
+The description holds the rank of each factored layer, and, for a model made of ``nn.Sequential`` and common modules of
+torch, the whole architecture, so that one call rebuilds it without the code it came from; any other model is rebuilt
+from its dense form, which the caller gives. No pickle is written or read; names in the files choose from a fixed list
+of modules, and memory is taken only after every shape has been compared with the file.
 """
 
 from __future__ import annotations
@@ -12,24 +13,50 @@ import hashlib
 import json
 import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from groundstate.blocks import canonical
-from groundstate.compress import DENSE, Factorized, build_factors, replace_layers
+from groundstate.compress_factors import DENSE, Factorized, build_factors, replace_layers
 from groundstate.errors import DataError, ResourceError, UsageError
-from groundstate.safetensors_file import header, unique_keys
+from groundstate.safetensors_file import StoredTensor, header, unique_keys
 
 if TYPE_CHECKING:
     from groundstate.compress import Compressed
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "compressed.json"
-_PLAIN = {
-    c.__name__: c for c in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Identity, nn.Flatten)
+
+_BIAS = "bias"
+_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", _BIAS)
+_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+_AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+_OPTIONS: dict[Any, tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features", _BIAS),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONV),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _BATCH_NORM),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _MAX_POOL),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _AVG_POOL),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("output_size",)),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), ("p", "inplace")),
+    **dict.fromkeys((nn.ReLU, nn.SiLU, nn.Mish, nn.Hardswish), ("inplace",)),
+    **dict.fromkeys((nn.Tanh, nn.Sigmoid, nn.Identity), ()),
+    nn.GELU: ("approximate",),
+    nn.LeakyReLU: ("negative_slope", "inplace"),
+    nn.ELU: ("alpha", "inplace"),
+    nn.Softmax: ("dim",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", _BIAS),
+    nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
 }
+_PLAIN = {kind.__name__: (kind, options) for kind, options in _OPTIONS.items()}
+"""Modules that are fully given by options of their constructor that are attributes too."""
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 def save(compressed: Compressed, folder: str | Path) -> Path:
@@ -66,21 +93,44 @@ def save(compressed: Compressed, folder: str | Path) -> Path:
     return folder
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load_compressed(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Rebuilds a compressed model.
 
     Args:
         folder: What `Compressed.save` wrote.
-        model: The dense model (its values play no part, it is not changed); needed unless the model is an
-            ``nn.Sequential`` of linear layers and plain activations.
+        model: The dense model (its values play no part, it is not changed); needed unless the model is made of
+            ``nn.Sequential`` and common modules of torch, each used once.
+
+    Returns:
+        The model on the CPU, in eval mode; with ``model`` on its device and in its mode.
 
     Raises:
-        DataError: the folder is missing or damaged, or does not fit the model.
+        DataError: the folder is missing or damaged, or does not fit the model: the tensor is named.
         UsageError: the dense model is needed and was not given.
     """
     from safetensors.torch import load_model
 
     folder = Path(folder)
+    layers, architecture, stored = _read(folder)
+    if model is None and architecture is None:
+        raise UsageError(f"{folder} is not a plain sequence of layers: give the dense model, load_compressed(f, model)")
+    try:
+        rebuilt = _build(architecture) if model is None else copy.deepcopy(model)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise DataError(f"{folder / DESCRIPTION} does not describe a sequence of layers ({error!r})") from None
+    rebuilt = _with_factors(rebuilt, layers, folder)
+    _check_tensors(rebuilt, stored, folder)
+    if model is None:
+        rebuilt = rebuilt.to_empty(device="cpu").eval()
+    try:
+        load_model(rebuilt, str(folder / WEIGHTS), strict=True)
+    except RuntimeError as error:
+        raise DataError(f"{folder} does not fit the model ({str(error).splitlines()[-1].strip()})") from None
+    return rebuilt
+
+
+def _read(folder: Path) -> tuple[dict[str, int], Any, list[StoredTensor]]:
+    """Returns the ranks, the architecture and the header of the weights of a folder that is whole."""
     try:
         document = json.loads((folder / DESCRIPTION).read_text("utf-8"), object_pairs_hook=unique_keys)
         layers, architecture, digest = (document[k] for k in ("layers", "architecture", "sha256"))
@@ -88,23 +138,30 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ValueError("ranks must be positive whole numbers")
         if _sha256(folder / WEIGHTS) != digest:
             raise ValueError(f"{WEIGHTS} does not have the recorded sha256")
-        header(folder / WEIGHTS)
+        return layers, architecture, header(folder / WEIGHTS)[0]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is not a whole compressed model ({error}): compress the model again") from None
-    if model is None and architecture is None:
-        raise UsageError(f"{folder} is not a plain sequence of layers: give the dense model, load(folder, model)")
-    rebuilt = _sequential(architecture, folder) if model is None else copy.deepcopy(model)
-    rebuilt = _with_factors(rebuilt, layers, folder)
-    if model is None:
-        needed = sum(p.numel() * p.element_size() for p in rebuilt.parameters())
-        if needed > (folder / WEIGHTS).stat().st_size:
-            raise DataError(f"{folder} describes {needed} bytes of weights, more than {WEIGHTS} has: compress it again")
-        rebuilt = rebuilt.to_empty(device="cpu")
-    try:
-        load_model(rebuilt, str(folder / WEIGHTS), strict=True)
-    except RuntimeError as error:
-        raise DataError(f"{folder} does not fit the model ({str(error).splitlines()[-1].strip()})") from None
-    return rebuilt
+
+
+def _check_tensors(model: nn.Module, stored: list[StoredTensor], folder: Path) -> None:
+    """Refuses tensors that the model does not have, or has in another shape or dtype, before memory is taken."""
+    state = model.state_dict()
+    for tensor in stored:
+        mine = state.get(tensor.name)
+        if mine is None:
+            raise DataError(f"{folder} does not fit the model: it has no tensor {tensor.name!r}")
+        if tuple(mine.shape) != tensor.shape or mine.dtype != tensor.dtype:
+            raise DataError(
+                f"{folder} does not fit the model: {tensor.name!r} is {tensor.dtype} {tensor.shape} in the file and "
+                f"{mine.dtype} {tuple(mine.shape)} in the model"
+            )
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    found = {t.name for t in stored}
+    for shared in names.values():  # of tensors that are one the file holds one
+        if not found.intersection(shared):
+            raise DataError(f"{folder} does not fit the model: {WEIGHTS} has no tensor {shared[0]!r}")
 
 
 def _with_factors(model: nn.Module, layers: dict[str, int], folder: Path) -> nn.Module:
@@ -129,40 +186,72 @@ def _with_factors(model: nn.Module, layers: dict[str, int], folder: Path) -> nn.
     return replace_layers(model, replaced)
 
 
-def _architecture(model: nn.Module) -> list[dict[str, Any]] | None:
-    """Describes an ``nn.Sequential`` of linear layers and default activations; ``None`` for anything else."""
-    if type(model) is not nn.Sequential or len(list(model.parameters())) != len(model.state_dict()):
+def _describe(module: nn.Module) -> dict[str, Any] | None:
+    """Describes a sequence, a factored layer (as the dense one) or a plain module; ``None`` for anything else."""
+    if type(module) is nn.Sequential:
+        parts = {name: _describe(part) for name, part in module.named_children()}
+        return None if None in parts.values() else {"type": "Sequential", "parts": parts}
+    dense = _dense_form(module) if isinstance(module, Factorized) else module
+    kind = type(dense).__name__
+    if _PLAIN.get(kind, (None,))[0] is not type(dense):
         return None
-    parts: list[dict[str, Any]] = []
-    for part in model:
-        if type(part) is nn.Linear or (isinstance(part, Factorized) and type(part[0]) is nn.Linear):
-            w: Any = part.weight
-            dtype = str(w.dtype).removeprefix("torch.")
-            parts.append(
-                {"type": "Linear", "in": w.shape[1], "out": w.shape[0], "bias": part.bias is not None, "dtype": dtype}
-            )
-        elif type(part) in _PLAIN.values() and repr(part) == repr(type(part)()):
-            parts.append({"type": type(part).__name__})
-        else:
+    options = {name: getattr(dense, name) for name in _PLAIN[kind][1]}
+    if _BIAS in options:
+        options[_BIAS] = options[_BIAS] is not None
+    described: dict[str, Any] = {"type": kind, "options": options}
+    dtypes = {t.dtype for t in dense.state_dict().values() if t.is_floating_point()}
+    if dtypes:
+        described["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    if dtypes or not all(map(_plain, options.values())) or described.get("dtype", "float32") not in _DTYPES:
+        return None
+    built = _build(described)  # what the constructor does not take, such as a divisor, must be as it always is
+    return (
+        described
+        if _settings(built) == _settings(dense) and list(built.state_dict()) == [*dense.state_dict()]
+        else None
+    )
+
+
+def _dense_form(module: Factorized) -> nn.Module:
+    """Returns a layer on the meta device that could stand in the place of the factors."""
+    first: Any = module[0]
+    options: dict[str, Any] = {"bias": module.bias is not None, "device": "meta", "dtype": first.weight.dtype}
+    out = module.factors[1].shape[0]
+    if isinstance(first, nn.Linear):
+        return nn.Linear(first.in_features, out, **options)
+    geometry = {k: getattr(first, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+    return type(first)(first.in_channels, out, **geometry, **options)
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | None) or (isinstance(value, tuple) and all(map(_plain, value)))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+
+
+def _architecture(model: nn.Module) -> dict[str, Any] | None:
+    """Describes a model of plain modules in sequence, without shared modules or weights; ``None`` for any other."""
+    for named in (model.named_modules, model.named_parameters):
+        if len(list(named())) != len(list(named(remove_duplicate=False))):
             return None
-    return parts
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or parametrize.is_parametrized(m) for m in model.modules())
+    return None if hooked else _describe(model)
 
 
-def _sequential(architecture: Any, folder: Path) -> nn.Sequential:
-    parts: list[nn.Module] = []
-    try:
-        for part in architecture:
-            if part["type"] == "Linear":
-                dtype = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16}.get(
-                    part["dtype"], torch.bfloat16
-                )
-                size: tuple[int, int] = (int(part["in"]), int(part["out"]))
-                parts.append(nn.Linear(*size, bias=bool(part["bias"]), device="meta", dtype=dtype))
-            else:
-                parts.append(_PLAIN[part["type"]]())
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder / DESCRIPTION} does not describe a sequence of layers ({error!r})") from None
-    return nn.Sequential(*parts)
+def _build(described: Any) -> nn.Module:
+    """Builds what `_describe` described, on the meta device; an error where it did not come from there."""
+    kind = described["type"]
+    if kind == "Sequential":
+        return nn.Sequential(OrderedDict((name, _build(part)) for name, part in described["parts"].items()))
+    constructor, names = _PLAIN[kind]
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in described["options"].items()}
+    if set(options) != set(names):
+        raise ValueError(f"{kind} needs {', '.join(names) or 'no options'}")
+    with torch.device("meta"):
+        built = constructor(**options)
+    return built.to(_DTYPES[described["dtype"]]) if "dtype" in described else built
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from groundstate.measure_function import FunctionTable
 
 Status = Literal["analyzed", "skipped", "alias", "non-finite"]
+_GROUNDS = ("floor", "random", "gap", "uniformity")
 _FIGURES = ("rank", "effective_rank", "stable_rank", "sigma_max", "sigma_min")
 
 
@@ -109,6 +110,7 @@ class Table:
     def to_csv(self) -> str:
         """Returns one line a tensor; text cells that a spreadsheet would run as a formula are made inert."""
         energies = list(dict.fromkeys(k for r in self.rows for k in r.values))
+        grounded = [(k, what) for k in dict.fromkeys(k for r in self.rows for k in r.grounds) for what in _GROUNDS]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         head = [
@@ -122,6 +124,7 @@ class Table:
             "matrices",
             *_FIGURES,
             *energies,
+            *(f"{what} of {k}" for k, what in grounded),
         ]
         writer.writerow([_text(h) for h in head])
         for row in self.rows:
@@ -129,6 +132,7 @@ class Table:
             more = (row.status, row.reason, row.alias_of or "")
             figures = [getattr(row, f) for f in _FIGURES] + [row.values.get(e) for e in energies]
             cells = [*map(_text, texts), row.parameters, *map(_text, more), row.matrices]
+            figures += [row.grounds.get(k, {}).get(what) for k, what in grounded]
             writer.writerow(cells + ["" if f is None else f for f in figures])
         return out.getvalue()
 

@@ -38,6 +38,7 @@ def of_weights(found: Table, shown: tuple[str, ...] | None) -> list[Any]:
         rows.append((r.name, shape, r.dtype, status, *figures, *[figure(r.values.get(e)) for e in per_row]))
     counts = found.summary()
     parts: list[Any] = [_tight(table(columns, rows, left=4)), *(f"({i}) {r}" for i, r in enumerate(reasons, 1))]
+    parts += _grounds(found, shown)
     if found.totals:
         parts.append(table(("total over the weights", "value"), [(e, figure(v)) for e, v in found.totals.items()]))
     parts.append(
@@ -48,6 +49,27 @@ def of_weights(found: Table, shown: tuple[str, ...] | None) -> list[Any]:
         accuracy, loss = percent(found.evaluation["accuracy"]), figure(found.evaluation["loss"])
         parts.append(f"validation accuracy {accuracy}, loss {loss}")
     return parts
+
+
+def _grounds(found: Table, shown: tuple[str, ...] | None) -> list[Any]:
+    """Returns, for energies with a known ground state, where each weight lies between random and that state."""
+    specs = list(dict.fromkeys(k for r in found.rows for k in r.grounds))
+    if shown is not None:
+        specs = specs[:1]  # of all energies, one of those that a ground state is known of
+    columns = ("tensor", "energy", "value", "random", "certified floor", "gap", "uniformity")
+    rows = []
+    for r in found.rows:
+        for spec in (s for s in specs if s in r.grounds):
+            g = r.grounds[spec]
+            cells = [figure(v) for v in (r.values[spec], g["random"], g["floor"])]
+            gap, score = g["gap"], g["uniformity"]
+            rows.append(
+                (r.name, spec, *cells, "-" if gap is None else percent(gap), "-" if score is None else f"{score:.2f}")
+            )
+    if not rows:
+        return []
+    title = "Distance to the ground state (uniformity: 0 random, 1 at the floor)"
+    return [_tight(table(columns, rows, title=title, left=2))]
 
 
 def _tight(made: RichTable) -> RichTable:
