@@ -109,10 +109,10 @@ METHODS = {
     HALF: Method(HypersphericalEnergy(s=2, half_space=True), _SPHERE),
     RANDOM: Method(CompressiveHypersphericalEnergy(), _PROJECTED),
     "CoMHE angle-preserving": Method(CompressiveHypersphericalEnergy("angle-preserving"), _PROJECTED),
-    "CoMHE adversarial": Method(CompressiveHypersphericalEnergy("adversarial", rate=0.01), _PROJECTED),
+    "CoMHE adversarial": Method(CompressiveHypersphericalEnergy("adversarial"), _PROJECTED),
     "MMA": Method(MinimumAngle(), (0.01, 0.05, 0.2, 1.0)),
     NARROW: Method(CompressiveHypersphericalEnergy(), _PROJECTED),
-    FAST: Method(CompressiveHypersphericalEnergy("adversarial"), _PROJECTED),
+    FAST: Method(CompressiveHypersphericalEnergy("adversarial", rate=0.1), _PROJECTED),
 }
 SCANNED = {NARROW: "cnn-mnist-16", FAST: "mlp-digits-16"}  # only these, and not tested: they do not end well
 TESTED = tuple(name for name in METHODS if name not in SCANNED)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from groundstate.energies import GraphEnergy, parse
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms import graph
+from groundstate.norms.staircase import Blocks, inverse_root, poles, selected_inverse, spans
 
 F64 = torch.float64
 
@@ -52,6 +53,15 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
     """Relative Frobenius distance over all layers."""
     difference = math.fsum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True))
     return math.sqrt(difference / math.fsum(float(y.double().square().sum()) for y in b))
+
+
+def by_svd(layers: list[Tensor]) -> tuple[float, list[Tensor]]:
+    """E and minimal-norm gradient of float32 layers from a float64 SVD, with the kernel of float32."""
+    b = graph.biadjacency(layers).double()
+    u, s, vh = torch.linalg.svd(b, full_matrices=False)
+    whole = 2 * (u * (s > max(b.shape) * torch.finfo(torch.float32).eps * s[0])) @ vh
+    p = spans((layers[0].shape[1], *(w.shape[0] for w in layers)))
+    return 2 * float(s.sum()), [whole[p[k - 1], p[k]].mT if k % 2 else whole[p[k], p[k - 1]] for k in range(1, len(p))]
 
 
 def complete(n: int) -> Tensor:
@@ -338,6 +348,120 @@ def test_layouts_do_not_matter() -> None:
     before = [w.clone() for w in layers]
     graph.energy_and_grad(layers, absolute=True)
     assert all(torch.equal(a, b) for a, b in zip(before, layers))
+
+
+# The spectrum, deep networks and their partial fractions
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("sizes", [(30, 12, 9, 4), (5, 1, 1, 5), (8, 2, 9, 1, 7), (6, *[24] * 21, 3), (4, 0, 2)])
+def test_the_spectrum_is_that_of_the_biadjacency(sizes: tuple[int, ...], dtype: torch.dtype, absolute: bool) -> None:
+    layers = random_net(list(sizes), torch.Generator().manual_seed(16), dtype)
+    value, grads, sigma = graph.energy_grad_and_spectrum(layers, absolute)
+    b = graph.biadjacency([w.double().abs() if absolute else w.double() for w in layers])
+    exact = torch.linalg.svdvals(b)
+    assert sigma.dtype == dtype
+    assert sigma.shape == exact.shape
+    if not exact.numel():
+        return
+    tolerance = 1e-8 if dtype == F64 else 1e-5  # the stated accuracies, relative to the largest
+    assert float((sigma - exact).abs().max()) < tolerance * float(exact[0])
+    assert float(value) == pytest.approx(2 * float(sigma.double().sum()), rel=1e-8 if dtype == F64 else 1e-6)
+    again, slopes = graph.energy_and_grad(layers, absolute)
+    assert float(again) == pytest.approx(float(value), rel=1e-12 if dtype == F64 else 1e-6)
+    assert distance(grads, slopes) < (1e-8 if dtype == F64 else 1e-5)
+    scaled = graph.energy_grad_and_spectrum([w * 2.0**-90 for w in layers], absolute)[2]
+    assert torch.allclose(scaled * 2.0**90, sigma, rtol=1e-5, atol=tolerance * float(exact[0]))
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("sizes", [(6, *[24] * 21, 3), (16, *[16, 40] * 9, 8), (10, *[130] * 11, 10)])
+def test_deep_networks(sizes: tuple[int, ...], absolute: bool) -> None:
+    """Deep enough for partial fractions in every dtype (the last: in float32 only), against the dense SVD."""
+    generator = torch.Generator().manual_seed(17)
+    layers = [w / math.sqrt(w.shape[1]) for w in random_net(list(sizes), generator)]
+    leaves = [w.clone().requires_grad_() for w in layers]
+    dense = graph.energy(leaves, absolute)
+    slopes = list(torch.autograd.grad(dense, leaves))
+    value, grads = graph.energy_and_grad(layers, absolute)
+    assert float(value) == pytest.approx(float(dense.detach()), rel=1e-12)  # the stated accuracies
+    assert distance(grads, slopes) < 1e-8
+    single = [w.float() for w in layers]
+    exact, slopes = graph.energy_and_grad([w.double() for w in single], absolute)
+    value, grads = graph.energy_and_grad(single, absolute)
+    assert float(value) == pytest.approx(float(exact), rel=1e-6)
+    assert distance(grads, slopes) < 1e-5
+
+
+def test_a_deep_network_with_a_kernel() -> None:
+    """A neuron without edges, and a layer of rank 3: partial fractions are left for the eigendecomposition."""
+    layers = random_net([6, *[24] * 21, 3], torch.Generator().manual_seed(18))
+    layers[4][3] = 0
+    layers[5][:, 3] = 0
+    layers[9] = layers[9][:, :3] @ layers[9][:3]
+    reference = matrix_sign_gradient(layers)
+    assert distance(graph.energy_and_grad(layers)[1], reference) < 1e-8
+    single = [w.float() for w in layers]
+    assert distance(graph.energy_and_grad(single)[1], by_svd(single)[1]) < 1e-5
+
+
+def tridiagonal(generator: torch.Generator, sizes: list[int], shift: float) -> tuple[Tensor, Blocks]:
+    """A positive definite block tridiagonal matrix, and its blocks."""
+    m = torch.zeros(sum(sizes), sum(sizes), dtype=F64)
+    places = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+    for i, j in [(k, k) for k in range(len(sizes))] + [(k, k + 1) for k in range(len(sizes) - 1)]:
+        m[places[i], places[j]] = torch.randn(sizes[i], sizes[j], generator=generator, dtype=F64)
+    a = m.mT @ m + shift * torch.eye(len(m), dtype=F64)
+    return a, ([a[p, p] for p in places], [a[q, p] for p, q in pairwise(places)])
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 7, 1, 4], [60, 110, 49], [0, 3, 0]])
+def test_blocks_of_inverse_and_inverse_root(sizes: list[int]) -> None:
+    a, blocks = tridiagonal(torch.Generator().manual_seed(19), sizes, 0.1)
+    lam, v = torch.linalg.eigh(a)
+    places = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+    for dense, found, tolerance in (
+        ((v / lam) @ v.mT, selected_inverse(*blocks), 1e-11),  # eps times a condition number of 1e4
+        ((v / lam.sqrt()) @ v.mT, inverse_root(*blocks, float(lam[0]) / 9, 2 * float(lam[-1]), 1e-13), 1e-11),
+        ((v / lam.sqrt()) @ v.mT, inverse_root(*blocks, float(lam[0]) / 9, 2 * float(lam[-1]), 1e-5), 1e-5),
+    ):
+        assert found is not None
+        scale = float(dense.norm())
+        for i, p in enumerate(places):
+            assert float((found[0][i] - dense[p, p]).norm()) < tolerance * scale
+        for i, (p, q) in enumerate(pairwise(places)):
+            assert float((found[1][i] - dense[q, p]).norm()) < tolerance * scale
+    indefinite = [block - 2 * float(lam[0]) * torch.eye(len(block), dtype=F64) for block in blocks[0]]
+    assert selected_inverse(indefinite, blocks[1]) is None
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 1e2, 1e6, 1e12])
+@pytest.mark.parametrize("error", [1e-3, 1e-7, 1e-13])
+def test_partial_fractions_are_as_good_as_they_say(ratio: float, error: float) -> None:
+    terms = poles(0.3, 0.3 * ratio, error)
+    for k in range(301):
+        x = 0.3 * ratio ** (k / 300)
+        wrong = abs(math.sqrt(x) * math.fsum(w / (x + t) for w, t in terms) - 1)
+        assert wrong < error + 1e-15 * math.sqrt(ratio)  # rounding of the elliptic functions at small moduli
+    assert len(terms) <= 2 + math.log(4 / error) * (math.log(4) + math.log(ratio) / 2) / math.pi**2 * 1.2
+
+
+@pytest.mark.parametrize("sizes", [(40, 12, 4), (30, 20, 20, 5), (9, 2, 9), (7, 1, 7), (120, 64, 64, 10)])
+@pytest.mark.parametrize("shape", ["uniform", "sparse", "rank one", "apart"])
+def test_nonnegative_layers_in_float32(sizes: tuple[int, ...], shape: str) -> None:
+    """With and without a dominant eigenvalue: the largest is taken out only where that is accurate."""
+    layers = random_net(list(sizes), torch.Generator().manual_seed(20), torch.float32)
+    if shape == "sparse":
+        layers = [w * (w > 0.8) for w in layers]
+    elif shape == "rank one":
+        layers = [w[:, :1] @ w[:1] for w in layers]
+    elif shape == "apart":  # two disconnected halves, with two equal Perron eigenvalues
+        layers = [torch.block_diag(w, w) for w in layers]
+    value, grads = graph.energy_and_grad(layers, absolute=True)
+    expected, slopes = by_svd([w.abs() for w in layers])
+    assert float(value) == pytest.approx(expected, rel=1e-6)
+    assert distance(grads, [g * w.sign() for g, w in zip(slopes, layers, strict=True)]) < 1e-5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -12,8 +12,11 @@ from scipy import integrate, special
 from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
-from groundstate.norms.sphere import floor as sphere_floor
+from groundstate.norms.sphere import program
 from groundstate.norms.sphere.floor import Floor, floor, gap, uniformity
+from groundstate.norms.sphere.levenshtein import quadrature_floor
+from groundstate.norms.sphere.problem import Problem, gegenbauer
+from groundstate.norms.sphere.program import program_floor, worst
 from groundstate.norms.sphere.references import (
     _SPORADIC,
     angle_cdf,
@@ -269,15 +272,15 @@ def test_floor_in_three_dimensions(row: tuple[int, float, float, float]) -> None
 @pytest.mark.parametrize(("n", "d"), [(2, 3), (4, 3), (5, 3), (6, 3), (12, 3), (27, 6), (240, 8), (120, 4)])
 def test_program_and_quadrature_where_the_truth_is_known(n: int, d: int, s: float) -> None:
     exact = ground_state(n, d, s) or math.nan
-    problem = sphere_floor._Problem(n, d, s, False)
-    program, _, note = sphere_floor._program_floor(problem)
-    closed, _ = sphere_floor._quadrature_floor(problem)
+    problem = Problem(n, d, s)
+    verified, _, note = program_floor(problem)
+    closed, _ = quadrature_floor(problem)
     assert note == ""
-    assert program <= exact + 1e-14
+    assert verified <= exact + 1e-14
     assert closed <= exact + 1e-14
     if (n, d) != (5, 3):
         # The solver's feasibility tolerance, and what the verification takes off. Sharp codes attain the program.
-        assert program == pytest.approx(exact, rel=1e-6)
+        assert verified == pytest.approx(exact, rel=1e-6)
     if (n, d) not in ((5, 3), (120, 4)):
         # The 600-cell needs degree 17, above the quadrature's 11.
         assert closed == pytest.approx(exact, rel=1e-12)
@@ -291,11 +294,11 @@ def test_program_of_enough_degree_is_at_least_the_quadrature(half_space: bool) -
         d = int(torch.randint(3, 30, (), generator=generator))
         n = int(d * (1.2 + 4 * torch.rand((), generator=generator))) + 2
         s = float(3 * torch.rand((), generator=generator))
-        problem = sphere_floor._Problem(n, d, s, half_space)
-        closed, degree = sphere_floor._quadrature_floor(problem)
-        program, _, _ = sphere_floor._program_floor(problem)
+        problem = Problem(n, d, s, half_space)
+        closed, degree = quadrature_floor(problem)
+        verified, _, _ = program_floor(problem)
         assert degree <= 14
-        assert program >= closed - 1e-7 * abs(closed)
+        assert verified >= closed - 1e-7 * abs(closed)
         if half_space:
             assert problem.mean(closed) >= welch_floor(n, d, s) - 1e-13
 
@@ -306,12 +309,12 @@ def test_verification_is_a_lower_bound() -> None:
     theta = np.linspace(0, math.pi, 200_001)[1:]
     for half_space in (False, True):
         for s in (0.0, 1.0, 3.5):
-            problem = sphere_floor._Problem(9, 4, s, half_space)
+            problem = Problem(9, 4, s, half_space)
             degrees = problem.degrees(18)
             h = np.append(generator.normal(), generator.exponential(size=len(degrees)) / (1 + degrees))
             angles = theta[theta <= problem.end]
-            difference = problem.potential(angles) - sphere_floor._gegenbauer(degrees, 4, angles) @ h
-            found = sphere_floor._worst(problem, degrees, h)
+            difference = problem.potential(angles) - gegenbauer(degrees, 4, angles) @ h
+            found = worst(problem, degrees, h)
             if difference.min() < 0:
                 assert difference.min() - 1e-7 < found <= difference.min()
             else:
@@ -321,14 +324,14 @@ def test_verification_is_a_lower_bound() -> None:
 @pytest.mark.parametrize("half_space", [False, True])
 def test_curvature_bounds_the_second_derivative(half_space: bool) -> None:
     for s in (0.0, 1.0, 4.3):
-        problem = sphere_floor._Problem(9, 4, s, half_space)
+        problem = Problem(9, 4, s, half_space)
         low = np.linspace(0.05, problem.end - 0.011, 300)
         high, step = low + 0.01, 1e-4
         middle = (low + high) / 2
         f = problem.potential
         second = (f(middle + step) - 2 * f(middle) + f(middle - step)) / step**2
         # Differences of float64 values of size f over step^2.
-        assert (second <= problem.curvature(low, high) + 1e-7 * (1 + f(middle))).all()
+        assert (second <= problem.curvature(low, high, np.empty(0)) + 1e-7 * (1 + f(middle))).all()
 
 
 def test_floor_is_below_any_configuration() -> None:
@@ -372,8 +375,8 @@ def test_large_exponents() -> None:
 
 
 def test_a_failing_solver_leaves_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sphere_floor, "_solve", lambda *_: (None, "time limit"))
-    found = sphere_floor.floor.__wrapped__(9, 3, 1.0)
+    monkeypatch.setattr(program, "solve", lambda *_: (None, "time limit"))
+    found = floor.__wrapped__(9, 3, 1.0)
     assert found.method == "Levenshtein quadrature, degree 3 (linear program of degree 14 failed: time limit)"
     assert 0.99 * 25.759986531 / 36 < found.value < 25.759986531 / 36
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from groundstate.blocks import Block
-from groundstate.energies.base import Anchored
+from groundstate.energies.capabilities import Anchored
 from groundstate.errors import UsageError
 
 _FIRST = 0.7  # of the predicted remaining age, until the next look; then all of it

@@ -13,21 +13,18 @@ from torch import Tensor, nn
 
 from groundstate.amortized import Amortized
 from groundstate.blocks import Block, canonical, last_linear
-from groundstate.energies.attention import OfModel
 from groundstate.energies.base import (
-    Anchored,
     Coupling,
     Energy,
-    Evolving,
     FunctionEnergy,
     MatrixEnergy,
     NetworkEnergy,
-    Proximable,
     Term,
     TrajectoryEnergy,
     is_number,
 )
-from groundstate.energies.convolution import OfModule
+from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule, Proximable
+from groundstate.energies.graph import GraphEnergy
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.layers import ordered_layers
 
@@ -96,10 +93,11 @@ class Placed:
     def memories(self, probe: Callable[[str], torch.Generator]) -> dict[str, dict[str, Tensor]]:
         """Returns what an evolving energy keeps of each weight before the first step."""
         found = {}
-        for b in self.blocks if isinstance(self.energy, Evolving) else ():
+        for b in self.blocks if self.per_block else ():
             energy = self.at(b)
             if isinstance(energy, Evolving):
-                found[b.name] = energy.remember(b.seen(energy.view), probe(b.name))
+                seen, source = b.seen(energy.view), probe(b.name)
+                found[b.name] = _named(self, b.name, partial(energy.remember, probe=source), seen)
         return found
 
     def value_and_gradients(self, turn: Turn | None = None) -> tuple[float, list[tuple[Block, Tensor]]]:
@@ -153,7 +151,8 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
     energy = term.energy
     coupling = term.coupling or ("loss" if isinstance(energy, FunctionEnergy) and default != "monitor" else default)
     if coupling == "prox" and not isinstance(energy, Proximable):
-        raise UsageError(f"{energy!r} has no proximal map: let it act by '{term.strength:g}*{energy!r}@grad'")
+        other = "loss" if isinstance(energy, FunctionEnergy) else "grad"
+        raise UsageError(f"{energy!r} has no proximal map: let it act by '{term.strength:g}*{energy!r}@{other}'")
     if coupling in ("grad", "loss") and not energy.traits.differentiable:
         raise UsageError(f"{energy!r} only measures: write '{energy!r}@monitor'")
     if isinstance(energy, TrajectoryEnergy) and coupling == "loss":
@@ -162,7 +161,7 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
         raise UsageError(
             f"{energy!r} needs the batch: write '{term.strength:g}*{energy!r}@loss' and add reg.loss(x, y)"
         )
-    if isinstance(energy, OfModel):
+    if isinstance(energy, OfModel | GraphEnergy):
         energy, named = energy.for_model(model)
         blocks = [Block(name, parameter) for name, parameter in named]
     elif isinstance(energy, NetworkEnergy):

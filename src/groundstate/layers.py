@@ -1,25 +1,28 @@
-"""The ordered weight matrices of a network that is a plain chain of linear layers.
+"""The weight matrices of a network of linear layers, and what they join: a chain, or a graph with skip connections.
 
 Idea: the order is read from the computation, not from the order of definition. The model is traced symbolically
-(``torch.fx``); it is accepted only where every operation takes exactly the result of the one before and is either
+(``torch.fx``); it is a chain only where every operation takes exactly the result of the one before and is either
 ``nn.Linear`` or one that adds no edges between neurons: an elementwise activation, dropout, identity or flattening.
-Everything else (skip connections, convolutions, attention, normalization, shared or parametrized weights,
-control flow) is refused by name, because the graph of such a network is not the chain W_1, ..., W_L.
+Everything else (convolutions, attention, shared or parametrized weights, control flow) is refused by name, because the
+graph of such a network is not the chain W_1, ..., W_L; normalizations too, which rescale every neuron by factors that
+the weights do not show. Who wants the energy of the linear weights alone passes them as a list.
 
-Normalizations are refused too: they rescale every neuron by factors that the weights do not show. Who wants the energy
-of the linear weights alone passes them as a list.
+`network_graph` reads sums too. The neurons of ``x + f(x)`` are one group: the last weights of f lead to it, and an
+identity edge from x does. An activation makes a group of its own of what it takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
 from groundstate.blocks import canonical
 from groundstate.errors import UsageError
+from groundstate.norms.dag import Wiring
 
 _ADVICE = "pass the weight matrices [W_1, ..., W_L] as a list to choose the graph yourself"
 
@@ -37,6 +40,9 @@ _EDGELESS_FUNCTIONS = frozenset((
     "logsigmoid", "hardsigmoid", "tanh", "tanh_", "hardtanh", "hardswish", "sin", "cos", "erf", "dropout",
     "alpha_dropout", "flatten", "contiguous", "clone", "float", "double", "to",
 ))  # fmt: skip
+_SAME = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_SAME_FUNCTIONS = frozenset(("dropout", "alpha_dropout", "contiguous", "clone", "float", "double", "to"))
+_SUMS = frozenset(("add", "add_", "iadd"))
 _RESHAPES = frozenset(("view", "reshape"))
 _SIZES = frozenset(("size", "dim", "numel"))
 _OUTPUT_FUNCTIONS = frozenset(("softmax", "log_softmax"))
@@ -68,7 +74,7 @@ def chain_steps(model: nn.Module) -> list[Step]:
     root = unwrapped(model)
     if type(root) is nn.Linear:
         return [Step("", root, root)]
-    chain = _read(root)
+    chain = _Chain(root).read(_traced(root))
     if chain.ended_by is not None:
         _refuse(f"{chain.ended_by} mixes the neurons")
     return chain.steps
@@ -93,21 +99,45 @@ def ordered_layers(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     root = unwrapped(model)
     if type(root) is nn.Linear:
         return [("weight", _weight("the model", root))]
-    found = _read(root).found
+    found = _Chain(root).read(_traced(root)).found
     _check_complete(root, found)
     return [(canonical(f"{target}.weight"), weight) for target, weight in found]
 
 
-def _read(root: nn.Module) -> _Chain:
+def network_graph(model: nn.Module) -> tuple[list[tuple[str, nn.Parameter]], Wiring]:
+    """Returns the weights of a network of linear layers with or without skip connections, and what they join.
+
+    Args:
+        model: Made of what `ordered_layers` accepts and of sums of two results of one width, as in ``x + f(x)``.
+
+    Returns:
+        The weights as of `ordered_layers` and the `Wiring`: the groups of neurons, the input as group 0, where each
+        weight leads from and to, and the identity edges.
+
+    Raises:
+        UsageError: an operation cannot be read; says which, and why.
+
+    >>> network_graph(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))[1]
+    Wiring(sizes=(4, 3, 2), edges=((0, 1), (1, 2)), identities=())
+    """
+    root = unwrapped(model)
+    if type(root) is nn.Linear:
+        return [("weight", _weight("the model", root))], Wiring((root.in_features, root.out_features), ((0, 1),))
+    network = _Network(root)
+    network.read(_traced(root))
+    _check_complete(root, network.found)
+    return [(canonical(f"{target}.weight"), weight) for target, weight in network.found], network.wiring()
+
+
+def _traced(root: nn.Module) -> fx.Graph:
     tracer = _Tracer()
     try:
-        graph = tracer.trace(root)
+        return tracer.trace(root)
     except UsageError:
         raise
     except Exception as error:  # whatever the model's own forward raises on symbolic input
         reason = (str(error).strip() or "no message").splitlines()[0]
         _refuse(f"the forward pass of {type(root).__name__} cannot be traced ({type(error).__name__}: {reason})")
-    return _Chain(root).read(graph)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -164,11 +194,8 @@ class _Chain:
 
     def _is_number(self, node: fx.Node) -> bool:
         """Sizes such as x.size(0) or x.shape[0]."""
-        name = getattr(node.target, "__name__", node.target)
-        reads_size = node.op == "call_method" and name in _SIZES
-        reads_shape = node.op == "call_function" and name == "getattr" and node.args[1] in ("shape", "ndim")
         of_numbers = bool(node.all_input_nodes) and all(n in self.numbers for n in node.all_input_nodes)
-        if reads_size or reads_shape or (node.op == "call_function" and of_numbers):
+        if _reads_size(node) or (node.op == "call_function" and of_numbers):
             self.numbers.add(node)
             return True
         return False
@@ -179,21 +206,32 @@ class _Chain:
             _refuse(f"{where} is used directly in the forward pass, outside an nn.Linear")
         inputs = [n for n in node.all_input_nodes if n not in self.numbers]
         if node.op == "output":
-            if node.args[0] is not self.current:
-                _refuse("the output is not the result of the last step alone (several outputs, or a branch)")
-            return
+            self._output(node)
+        else:
+            self._follow(node, inputs, where)
+
+    def _output(self, node: fx.Node) -> None:
+        if node.args[0] is not self.current:
+            _refuse("the output is not the result of the last step alone (several outputs, or a branch)")
+
+    def _follow(self, node: fx.Node, inputs: list[fx.Node], where: str) -> None:
         if len(inputs) != 1:
-            names = " and ".join(map(str, inputs)) or "no tensor"
-            _refuse(f"{where} joins {names}: a skip connection or branch, not a chain")
+            _refuse(f"{_joins(where, inputs)}: a skip connection or branch, not a chain")
         if inputs[0] is not self.current:
             _refuse(f"{where} takes {inputs[0]} although the last step gave {self.current}: a branch, not a chain")
+        self._apply(node, where)
+        self.current = node
+        for (before, w), (_, following) in pairwise(self.found[-2:]):
+            if w.shape[0] != following.shape[1]:
+                takes = f"{where} takes {following.shape[1]} inputs"
+                _refuse(f"{takes} but {canonical(before)!r} before it gives {w.shape[0]}")
+
+    def _apply(self, node: fx.Node, where: str) -> None:
         if node.op == "call_module":
             self._module(str(node.target), where)
         else:
-            name = str(getattr(node.target, "__name__", node.target))
-            self._function(name, where)
-            self.steps.append(Step("", _called(node, name)))
-        self.current = node
+            self._function(_name(node), where)
+            self.steps.append(Step("", _called(node, _name(node))))
 
     def _module(self, target: str, where: str) -> None:
         module = self.root.get_submodule(target)
@@ -224,9 +262,6 @@ class _Chain:
             first = self.owners[id(weight)]
             twice = "is used twice" if first == target else f"shares its weight with {canonical(first)!r}"
             _refuse(f"{where} {twice}: its edges would stand in the graph twice")
-        if self.found and self.found[-1][1].shape[0] != module.in_features:
-            before, outputs = canonical(self.found[-1][0]), self.found[-1][1].shape[0]
-            _refuse(f"{where} takes {module.in_features} inputs but {before!r} before it gives {outputs}")
         self.owners[id(weight)] = target
         self.found.append((target, weight))
 
@@ -238,6 +273,111 @@ class _Chain:
         inside = canonical(str(stack[-1][0])) if stack else ""
         kind = repr(str(node.target)) if node.op == "get_attr" else f"operation {node.name!r}"
         return f"{kind} in {inside!r}" if inside else kind
+
+
+@dataclass
+class _Neurons:
+    """A group of neurons, or edges to one not yet made: where from, and the number of the weight (None: identity)."""
+
+    group: int | None
+    width: int | None
+    incoming: list[tuple[int, int | None]] = field(default_factory=list)
+
+
+class _Network(_Chain):
+    """Walks a traced graph with sums and branches, and keeps the groups of neurons and what joins them."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(root)
+        self.neurons: dict[fx.Node, _Neurons] = {}
+        self.sizes: list[int | None] = []
+        self.edges: dict[int, tuple[int, int]] = {}
+        self.identities: list[tuple[int, int]] = []
+
+    def wiring(self) -> Wiring:
+        """Returns what was read; widths known at one end of an identity edge hold at the other."""
+        for _ in self.sizes:
+            for a, b in self.identities:
+                self._settle(b, self.sizes[a], "a sum")
+                self._settle(a, self.sizes[b], "a sum")
+        if len(sizes := [n for n in self.sizes if n is not None]) != len(self.sizes):
+            _refuse("a sum joins results whose width no linear layer tells")
+        return Wiring(tuple(sizes), tuple(self.edges[i] for i in range(len(self.found))), tuple(self.identities))
+
+    def _input(self, node: fx.Node) -> None:
+        super()._input(node)
+        if self.current is node:
+            self.neurons[node] = _Neurons(0, None)
+            self.sizes.append(None)
+
+    def _output(self, node: fx.Node) -> None:
+        result = node.args[0]
+        if not isinstance(result, fx.Node) or result not in self.neurons:
+            _refuse("the output is not one tensor")
+        self._made(self.neurons[result])
+        if unused := [n for n in self.neurons if not n.users]:
+            _refuse(f"{self._describe(unused[0])} gives a result that nothing uses")
+
+    def _follow(self, node: fx.Node, inputs: list[fx.Node], where: str) -> None:
+        name = _name(node)
+        if node.op != "call_module" and name in _SUMS and len(node.args) == 2 and not node.kwargs:
+            result = self._sum(node, where)
+        elif len(inputs) != 1:
+            _refuse(f"{_joins(where, inputs)}: of joins only the sum of two results can be read")
+        else:
+            result = self.neurons[inputs[0]]
+            module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, nn.Linear):
+                source = self._made(result)
+                self._settle(source, module.in_features, where)
+                result = _Neurons(None, module.out_features, [(source, len(self.found))])
+            elif not isinstance(module, _SAME) and (module is not None or name not in _SAME_FUNCTIONS):
+                self._made(result)
+            self._apply(node, where)
+        self.neurons[node] = result
+        if sum(not _reads_size(user) for user in node.users) > 1:
+            self._made(result)
+
+    def _sum(self, node: fx.Node, where: str) -> _Neurons:
+        parts = [self.neurons[a] for a in node.args if isinstance(a, fx.Node) and a in self.neurons]
+        if len(parts) != 2 or self.ended_by is not None:
+            _refuse(f"{self.ended_by or where} mixes the neurons, or adds what is no result of the network")
+        widths = {w for p in parts if (w := p.width if p.group is None else self.sizes[p.group]) is not None}
+        if len(widths) > 1:
+            _refuse(f"{where} adds results of {' and '.join(map(str, sorted(widths)))} neurons")
+        incoming = [edge for p in parts for edge in (p.incoming if p.group is None else [(p.group, None)])]
+        return _Neurons(None, min(widths, default=None), incoming)
+
+    def _made(self, neurons: _Neurons) -> int:
+        """The group of neurons, made now if it was not: its incoming edges lead to it from here on."""
+        if neurons.group is None:
+            neurons.group = len(self.sizes)
+            self.sizes.append(neurons.width)
+            for source, number in neurons.incoming:
+                if number is None:
+                    self.identities.append((source, neurons.group))
+                else:
+                    self.edges[number] = (source, neurons.group)
+        return neurons.group
+
+    def _settle(self, group: int, width: int | None, where: str) -> None:
+        if width is not None and self.sizes[group] not in (None, width):
+            _refuse(f"{where} takes {width} inputs but what comes before it has {self.sizes[group]}")
+        self.sizes[group] = self.sizes[group] if width is None else width
+
+
+def _joins(where: str, inputs: list[fx.Node]) -> str:
+    return f"{where} joins {' and '.join(map(str, inputs)) or 'no tensor'}"
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _reads_size(node: fx.Node) -> bool:
+    """x.size(0), x.shape and the like."""
+    shape = node.op == "call_function" and _name(node) == "getattr" and node.args[1] in ("shape", "ndim")
+    return shape or (node.op == "call_method" and _name(node) in _SIZES)
 
 
 def _called(node: fx.Node, name: str) -> Callable[[Tensor], Tensor]:

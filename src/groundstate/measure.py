@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from groundstate.blocks import as_matrix, by_neurons, last_linear, skip_reason
-from groundstate.energies.base import Energy, FunctionEnergy, Grounded, MatrixEnergy, NetworkEnergy, Spectral, Sum, Term
+from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Sum, Term
+from groundstate.energies.capabilities import Grounded, OfModel, OfModule, Spectral
 from groundstate.energies.registry import parse, registered
-from groundstate.errors import UsageError
+from groundstate.errors import NonFiniteError, UsageError
 from groundstate.measure_function import measure_function
 from groundstate.measure_table import Row, Status, Table
 from groundstate.norms.spectral import singular_values
@@ -78,7 +79,6 @@ def measure(
     if not tensors.entries:
         raise UsageError("there is nothing to measure: the model (or state dict) has no tensor")
     matrix = {k: e for k, e in wanted.items() if isinstance(e, MatrixEnergy)}
-    network = {k: e for k, e in wanted.items() if isinstance(e, NetworkEnergy)}
     of_function = [e for e in wanted.values() if isinstance(e, FunctionEnergy)]
     evaluation = {} if data is None else _evaluate(tensors.model, *data)
     rows: list[Row] = []
@@ -91,13 +91,10 @@ def measure(
                 progress(done, len(tensors.entries), entry.name)
         totals = _totals(rows, matrix)
         broken = [r.name for r in rows if r.status == "non-finite"]
-        notes = [*tensors.notes, *_left_out(rows, matrix)]
-        if network:
-            found, absent = _network(tensors, rows, network, limit=MAX_GRAPH_NODES if everything else None)
-            if not found and not matrix and not of_function:
-                raise UsageError(absent[0])
-            totals |= found
-            notes += absent
+        notes = [*tensors.notes, *_left_out(rows, matrix), *_assumed(tensors, rows, matrix)]
+        found, absent = _of_several(tensors, rows, wanted, everything)
+        totals |= found
+        notes += absent
     function = None
     if data is not None and tensors.model is not None and of_function:
         if broken:
@@ -108,7 +105,8 @@ def measure(
 
 
 def _energies(energies: Energies, with_data: bool) -> dict[str, Energy]:
-    kinds = MatrixEnergy | NetworkEnergy | FunctionEnergy if with_data else MatrixEnergy | NetworkEnergy
+    kinds = MatrixEnergy | NetworkEnergy | OfModel
+    kinds = kinds | FunctionEnergy if with_data else kinds
     if isinstance(energies, str) and energies.strip() == "all":
         classes = [c for c in registered().values() if issubclass(c, kinds)]
         chosen: list[Energy] = [c.examples()[0] for c in classes]
@@ -159,6 +157,10 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool,
     values, grounds = {}, {}
     for key, asked in energies.items():
         energy = asked.at_output() if output else asked
+        if isinstance(energy, OfModule):
+            energy = _at_module(energy, entry, matrices)
+            if energy is None:
+                continue
         seen = matrices if energy.view == "matrix" else by_neurons(matrices, entry.module)
         slow = quick and energy.quick_rows is not None and seen.shape[-2] > energy.quick_rows
         if not slow and all(n >= least for n, least in zip(seen.shape[-2:], energy.smallest)):
@@ -170,6 +172,61 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool,
     figures = _figures(spectra, max(matrices.shape[-2:]), matrices.dtype)
     stack = len(matrices) if matrices.ndim == 3 else 1
     return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", "", values, grounds, matrices=stack, **figures)
+
+
+def _at_module(energy: OfModule, entry: NamedTensor, matrices: Tensor) -> MatrixEnergy | None:
+    """Returns the energy at a weight with its geometry, ``None`` where that cannot be known."""
+    try:
+        return energy.for_module(entry.module, matrices.shape[-2:] if matrices.ndim == 3 else entry.shape)
+    except UsageError:
+        return None
+
+
+def _assumed(tensors: TensorList, rows: list[Row], energies: Mapping[str, MatrixEnergy]) -> list[str]:
+    """Returns what had to be assumed of convolutions that come without their modules."""
+    keys = ", ".join(k for k, e in energies.items() if isinstance(e, OfModule))
+    kernels = [r.name for r in rows if r.status == "analyzed" and len(r.shape) - (r.matrices > 1) > 2]
+    if not keys or not kernels or tensors.model is not None:
+        return []
+    return [
+        f"{keys}: strides, dilations and groups are not in the file, 1 is assumed for {', '.join(kernels[:3])}"
+        + (f" and {len(kernels) - 3} more" if len(kernels) > 3 else "")
+    ]
+
+
+def _of_several(
+    tensors: TensorList, rows: list[Row], energies: Mapping[str, Energy], everything: bool
+) -> tuple[dict[str, float], list[str]]:
+    """Returns the energies of several weights together, and the notes that say why some are absent.
+
+    Raises:
+        UsageError: all are absent, and nothing else is asked for.
+    """
+    network = {k: e for k, e in energies.items() if isinstance(e, NetworkEnergy)}
+    of_model = {k: e for k, e in energies.items() if isinstance(e, OfModel)}
+    limit = MAX_GRAPH_NODES if everything else None
+    found, notes = _network(tensors, rows, network, limit) if network else ({}, [])
+    more, absent = _of_model(tensors.model, of_model)
+    notes += [] if everything else absent  # most models have no attention
+    if notes and not found and not more and len(network) + len(of_model) == len(energies):
+        raise UsageError(notes[0])
+    return found | more, notes
+
+
+def _of_model(model: nn.Module | None, energies: Mapping[str, OfModel]) -> tuple[dict[str, float], list[str]]:
+    """Returns the energies of parts of the model itself, or the notes that say why they are absent."""
+    found, notes = {}, []
+    for key, energy in energies.items():
+        try:
+            if model is None:
+                raise UsageError("its modules are not in the file: give the model itself")
+            placed, weights = energy.for_model(model)
+            if meta := [name for name, p in weights if p.is_meta]:
+                raise UsageError(f"the weight {meta[0]!r} is on the meta device: it has no data")
+            found[key] = float(placed.value([p.detach() for _, p in weights]))
+        except (UsageError, NonFiniteError) as error:
+            notes.append(f"{key}: {error}")
+    return found, notes
 
 
 def _against_ground(energy: Grounded, value: float, w: Tensor) -> dict[str, float | None]:

@@ -38,7 +38,8 @@ from groundstate.couplings import (
     total_value,
     warn_without_gradient,
 )
-from groundstate.energies.base import Coupling, Energy, Proximable, Sum, Term, TrajectoryEnergy
+from groundstate.energies.base import Coupling, Energy, Sum, Term, TrajectoryEnergy
+from groundstate.energies.capabilities import Proximable
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.schedules import schedule as make_schedule

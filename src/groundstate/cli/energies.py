@@ -95,20 +95,22 @@ def describe(cls: type[Energy]) -> dict[str, Any]:
 
 
 def _operand(cls: type[Energy]) -> str:
-    from groundstate.energies import base
+    from groundstate.energies import base, capabilities
 
     known = {
         base.MatrixEnergy: "one weight matrix; summed over the matrices",
         base.NetworkEnergy: "the ordered layers of a network",
         base.FunctionEnergy: "the function, on a batch",
         base.TrajectoryEnergy: "the path of the weights in training",
+        capabilities.OfModel: "the attention modules of a model",
     }
     return next((text for kind, text in known.items() if issubclass(cls, kind)), "")
 
 
 def couplings(cls: type[Energy]) -> list[str]:
     """Returns the couplings through which an energy can act."""
-    from groundstate.energies.base import FunctionEnergy, Proximable, TrajectoryEnergy
+    from groundstate.energies.base import FunctionEnergy, TrajectoryEnergy
+    from groundstate.energies.capabilities import Proximable
 
     found = ["monitor"]
     if issubclass(cls, Proximable):

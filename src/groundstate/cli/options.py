@@ -49,7 +49,7 @@ _ENERGY, _DATA, _TRAIN, _RUN = "Energy", "Data and model", "Training", "Run"
 SETTINGS = (
     Setting("energy", str, "none", "What to minimize, e.g. '1e-3*nuclear + 1e-4*path_energy'.", _ENERGY, "SPEC"),
     Setting("coupling", str, "grad", "How terms that name no @coupling act.", _ENERGY, "grad|prox|loss|monitor"),
-    Setting("every", int, "1", "Let weight energies act at every k-th step.", _ENERGY, "K"),
+    Setting("every", int, "1", "Let energies act at every k-th step only, k times as strong.", _ENERGY, "K"),
     Setting(
         "gap", float, "none", "Keep gradients of nuclear and graph until bounds are this far apart.", _ENERGY, "SHARE"
     ),

@@ -44,7 +44,8 @@ def train(
             raise UsageError("--resume names the folder already: leave out --out")
         config = TrainConfig.from_dict(read_config(resume).to_dict() | given)
         folder = resume
-    output.note(f"{config.energy} on {config.data}, seed {config.seed}, {config.epochs} epochs: {folder}")
+    length = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    output.note(f"{config.energy} on {config.data}, seed {config.seed}, {length}: {folder}")
     with output.progress(config.epochs, "epoch") as meter:
         summary = run(config, folder, resume=resume is not None, progress=_Follow(meter, config))
     output.document("train", {"run": folder, "config": config.to_dict(), "summary": summary})

@@ -7,18 +7,16 @@ from typing import Any
 from groundstate.energies.base import (
     COUPLINGS,
     Coupling,
-    Dualizable,
     Energy,
     FunctionEnergy,
     MatrixEnergy,
     NetworkEnergy,
-    Proximable,
-    Spectral,
     Sum,
     Term,
     Traits,
     TrajectoryEnergy,
 )
+from groundstate.energies.capabilities import Dualizable, Proximable, Spectral
 from groundstate.energies.registry import get, parse, register, registered, unregister
 
 __all__ = [

@@ -12,7 +12,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Dualizable, MatrixEnergy, Proximable, Spectral, Traits
+from groundstate.energies.base import MatrixEnergy, Traits
+from groundstate.energies.capabilities import Dualizable, Proximable, Spectral
 from groundstate.energies.unitarily_invariant import require_step
 from groundstate.norms import entrywise
 

@@ -11,6 +11,8 @@ It lies between two sums of layer norms::
 and reaches the right end only where W_{l+1} W_l = 0 at every hidden layer. So at fixed layer norms, minimizing E aligns
 the output directions of a layer with the input directions of the next: that is what it adds to the nuclear norm.
 
+Skip connections ``x + f(x)`` are edges of weight 1 from the neurons of x to those of the sum (`groundstate.norms.dag`).
+
 Reference: I. Gutman, "The energy of a graph" (1978); V. Nikiforov, "The energy of graphs and matrices" (2007).
 """
 
@@ -22,9 +24,10 @@ from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
-from groundstate.energies.base import Anchored, NetworkEnergy, Traits, require
-from groundstate.layers import ordered_layers
-from groundstate.norms import graph
+from groundstate.energies.base import NetworkEnergy, Traits, require
+from groundstate.energies.capabilities import Anchored
+from groundstate.layers import network_graph
+from groundstate.norms import dag, graph
 from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
 
 
@@ -53,7 +56,8 @@ class GraphEnergy(NetworkEnergy, Anchored):
     traits: ClassVar[Traits] = Traits(
         formula="sum_i |lambda_i(A)| = 2 ||B||_*, A the adjacency of all neurons; absolute=True: of |W|",
         reference="Gutman 1978; Nikiforov 2007 (E(A) = ||A||_*)",
-        cost="one eigh of size n (nodes of the smaller color class) + 4 n_l d_l d_{l-1} flops per layer",
+        cost="one eigh of size n (nodes of the smaller color class), linear in depth for deep networks, + 4 n_l d_l "
+        "d_{l-1} flops per layer",
         convex=False,
         degree=1.0,
         invariances=("neuron_sign", "neuron_permutation"),
@@ -70,20 +74,38 @@ class GraphEnergy(NetworkEnergy, Anchored):
         """Returns E as a scalar that autograd differentiates (by a dense SVD; for training use `value_and_grad`).
 
         Args:
-            layers: W_1..W_L, W_l of shape ``(d_l, d_{l-1})``, or a model whose order `ordered_layers` can read.
+            layers: W_1..W_L, W_l of shape ``(d_l, d_{l-1})``, or a model that `network_graph` can read, with or without
+                skip connections.
 
         Raises:
-            UsageError: the layers do not fit one another, or the model cannot be ordered; the module is named.
+            UsageError: the layers do not fit one another, or the model cannot be read; the module is named.
             NonFiniteError: a weight is NaN or infinite.
         """
-        return graph.energy(_weights(layers), self.absolute)
+        if isinstance(layers, nn.Module):
+            placed, named = self.for_model(layers)
+            return placed.value([p for _, p in named])
+        return graph.energy(layers, self.absolute)
 
     def value_and_grad(self, layers: Sequence[Tensor] | nn.Module) -> tuple[Tensor, list[Tensor]]:
         """Returns E and dE/dW_l per layer, in closed form; the minimal-norm subgradient on the kernel.
 
         Arguments and errors as of `value`.
         """
-        return graph.energy_and_grad(_weights(layers), self.absolute)
+        if isinstance(layers, nn.Module):
+            placed, named = self.for_model(layers)
+            return placed.value_and_grad([p for _, p in named])
+        return graph.energy_and_grad(layers, self.absolute)
+
+    def for_model(self, model: nn.Module) -> tuple[GraphEnergy, list[tuple[str, nn.Parameter]]]:
+        """Returns the energy that takes its place on the weights of a model, and these weights, by canonical names.
+
+        That is itself for a chain of layers, and `WiredGraphEnergy` for a network with skip connections.
+
+        Raises:
+            UsageError: the model cannot be read; says which module or operation, and why.
+        """
+        named, wiring = network_graph(model)
+        return self if wiring.is_chain else WiredGraphEnergy(self.absolute, wiring), named
 
     def bounded(self) -> bool:
         return not self.absolute
@@ -95,5 +117,41 @@ class GraphEnergy(NetworkEnergy, Anchored):
         return graph_bounds(weights, gradients, memory)
 
 
-def _weights(layers: Sequence[Tensor] | nn.Module) -> Sequence[Tensor]:
-    return [p for _, p in ordered_layers(layers)] if isinstance(layers, nn.Module) else layers
+_ONE_EDGE = dag.Wiring((1, 1), ((0, 1),))
+
+
+@dataclass(frozen=True, repr=False)
+class WiredGraphEnergy(GraphEnergy):
+    """The graph energy of a network with skip connections, of which the weights alone do not tell the graph.
+
+    `GraphEnergy.for_model` makes it. It is written like the energy whose place it takes.
+
+    Attributes:
+        wiring: The groups of neurons and what joins them.
+
+    A weight of 3 and a residual connection around it: one edge of weight 4.
+
+    >>> import torch
+    >>> WiredGraphEnergy(wiring=dag.Wiring((1, 1), ((0, 1),), ((0, 1),))).value([torch.tensor([[3.0]])])
+    tensor(8.)
+    """
+
+    wiring: dag.Wiring = _ONE_EDGE
+
+    def __repr__(self) -> str:
+        return repr(GraphEnergy(self.absolute))
+
+    def value(self, layers: Sequence[Tensor] | nn.Module) -> Tensor:
+        """Returns E as of `GraphEnergy.value`, by the dense adjacency."""
+        if isinstance(layers, nn.Module):
+            return super().value(layers)
+        return dag.energy(self.wiring, layers, self.absolute)
+
+    def value_and_grad(self, layers: Sequence[Tensor] | nn.Module) -> tuple[Tensor, list[Tensor]]:
+        """Returns E and dE/dW_l as of `GraphEnergy.value_and_grad`; identity edges have no gradient."""
+        if isinstance(layers, nn.Module):
+            return super().value_and_grad(layers)
+        return dag.energy_and_grad(self.wiring, layers, self.absolute)
+
+    def bounded(self) -> bool:
+        return False

@@ -23,16 +23,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import (
-    Estimate,
-    FunctionEnergy,
-    Ground,
-    Grounded,
-    MatrixEnergy,
-    Traits,
-    is_number,
-    require,
-)
+from groundstate.energies.base import Estimate, FunctionEnergy, MatrixEnergy, Traits, is_number, require
+from groundstate.energies.capabilities import Ground, Grounded
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian.function import blame, function
 from groundstate.norms import sphere
@@ -113,15 +105,13 @@ class HypersphericalEnergy(MatrixEnergy, Grounded):
         from groundstate.norms.sphere import floor as floors
         from groundstate.norms.sphere import references
 
-        if self.angular:
-            raise UsageError("no floor is known for angular energies: compare with the Euclidean one")
         if min(rows, columns) < 2:
             raise UsageError(f"{rows} neurons of {columns} weights have no hyperspherical energy: 2 x 2 at least")
-        floor = floors.floor(rows, columns, self.s, self.half_space)
+        floor = floors.floor(rows, columns, self.s, self.half_space, self.angular)
         if self.half_space:
-            random = references.random_half_space(rows, columns, self.s)
+            random = references.random_half_space(rows, columns, self.s, self.angular)
         else:
-            random = references.random_mean(columns, self.s)
+            random = references.random_mean(columns, self.s, self.angular)
         return Ground(floor.value, random, floor.method)
 
 
@@ -135,7 +125,10 @@ def of_live(w: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple
     Returns:
         Its results, with ``(*batch,)`` in place of k.
     """
-    live = (w != 0).any(-1).sum(-1) > 1
+    nonzero = (w != 0).any(-1)
+    if bool(nonzero.all()):
+        return compute(w)
+    live = nonzero.sum(-1) > 1
     if bool(live.all()):
         return compute(w)
     flat, index = w.flatten(0, -3) if w.ndim > 3 else w.reshape(-1, *w.shape[-2:]), live.flatten().nonzero()[:, 0]

@@ -20,7 +20,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, Spectral, Traits, require
+from groundstate.energies.base import Estimate, Traits, require
+from groundstate.energies.capabilities import Spectral
 from groundstate.energies.sample_mean import SampleMean
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian import exact

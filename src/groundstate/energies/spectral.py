@@ -14,7 +14,8 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from groundstate.energies.base import Anchored, Traits, is_whole, require
+from groundstate.energies.base import Traits, is_whole, require
+from groundstate.energies.capabilities import Anchored
 from groundstate.energies.unitarily_invariant import SpectralNorm, SpectralProximable, UnitarilyInvariant
 from groundstate.norms import anchor, gauges, k_support, log_det, spectral
 from groundstate.norms.polar import polar

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from groundstate.energies.base import Dualizable, MatrixEnergy, Proximable, Spectral, require
+from groundstate.energies.base import MatrixEnergy, require
+from groundstate.energies.capabilities import Dualizable, Proximable, Spectral
 from groundstate.norms import spectral
 
 

@@ -8,7 +8,8 @@ of even and odd number color the graph with two colors, so A = [[0, B], [B^T, 0]
 
 With M = B or B^T, whichever has fewer columns, M^T M is block tridiagonal and small, its blocks are products of single
 weights, and the gradient is needed on the edges only. One eigendecomposition of the smaller color class therefore gives
-value and gradient exactly, without A or B.
+value and gradient exactly, without A or B; of deep networks, partial fractions do (`groundstate.norms.staircase`).
+Networks with skip connections are in `groundstate.norms.dag`.
 
 On the kernel the minimal-norm subgradient is taken: singular values up to max(shape of B) * eps * sigma_1 count as zero
 in the gradient, with eps that of float64 for float64 weights and that of float32 otherwise.
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from groundstate.errors import NonFiniteError, UsageError
+from groundstate.norms.dag import adjacency_energy as adjacency_energy
+from groundstate.norms.dag import promoted, refuse_nonfinite, sum_above_kernel, working
 from groundstate.norms.staircase import Blocks, Staircase, inner, inverse_root, selected_inverse, spans, staircase
 
 # A Gram matrix formed with rounding eps moves the polar factor by about eps * sigma_1^2 * rms(1 / sigma_i^2), relative
@@ -34,10 +37,16 @@ from groundstate.norms.staircase import Blocks, Staircase, inner, inverse_root, 
 # estimate from 2e-6 up (initialized and trained networks), so float32 results stay within 1e-5. The bound on the
 # product M Z is on eps * sigma_1 * rms(1 / sigma_i); its measured errors were 0.05 to 0.6 of that.
 _TRUST_SINGLE = 2e-5
+_TRUST_PERRON = 3.5e-5  # a float64 Gram rounded to float32: at most 0.25 of the estimate from 2e-5 up
 _TRUST_DOUBLE = 1e-11
 _TRUST_DOUBLE_FOR_SINGLE = 1e-6
 _TRUST_PRODUCT = 3e-5
 
+# Partial fractions of a float32 Gram are more accurate: measured errors were 0.01 to 0.06 of the estimate from 2e-5 up.
+_TRUST_POLES = 1.5e-4
+# They are faster beyond these depths (`Staircase.depth`): by a float32 Gram, by a float64 Gram for float32 results with
+# half as many poles as for float64 results.
+_DEEP_SINGLE, _DEEP_REDONE, _DEEP_DOUBLE = 16.0, 40.0, 80.0
 # Relative error of the partial fractions, by the dtype of the weights.
 _POLE_ERROR = {torch.float32: 1e-7, torch.float64: 1e-13}
 # Power iterations with nonnegative layers; measured gaps lambda_2 / lambda_1 are 0.02 to 0.1.
@@ -85,7 +94,7 @@ def adjacency(layers: Sequence[Tensor]) -> Tensor:
     """
     sizes = node_sizes(layers)
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    a = torch.zeros(ends[-1], ends[-1], dtype=_promoted(layers), device=layers[0].device)
+    a = torch.zeros(ends[-1], ends[-1], dtype=promoted(layers), device=layers[0].device)
     for layer, w in enumerate(layers, 1):
         middle = ends[layer - 1]
         source, target = slice(middle - sizes[layer - 1], middle), slice(middle, ends[layer])
@@ -97,7 +106,7 @@ def adjacency(layers: Sequence[Tensor]) -> Tensor:
 def biadjacency(layers: Sequence[Tensor]) -> Tensor:
     """Returns the dense block staircase B of shape (nodes of even layers, nodes of odd layers); differentiable."""
     sizes = node_sizes(layers)
-    b = torch.zeros(sum(sizes[::2]), sum(sizes[1::2]), dtype=_promoted(layers), device=layers[0].device)
+    b = torch.zeros(sum(sizes[::2]), sum(sizes[1::2]), dtype=promoted(layers), device=layers[0].device)
     places = spans(tuple(sizes))
     for layer, w in enumerate(layers, 1):
         if layer % 2:
@@ -105,42 +114,6 @@ def biadjacency(layers: Sequence[Tensor]) -> Tensor:
         else:
             b[places[layer], places[layer - 1]] = w.to(b.dtype)
     return b
-
-
-def adjacency_energy(a: Tensor) -> Tensor:
-    """Returns sum |lambda_i| of any symmetric adjacency, bipartite or not; the dense reference.
-
-    Args:
-        a: Symmetric ``(N, N)``. Half precisions are computed in float32.
-
-    Returns:
-        A scalar; differentiable, dE/dA = sign(A), zero on the kernel. Cost of one ``eigvalsh`` of size N.
-
-    Raises:
-        UsageError: not square or not symmetric.
-        NonFiniteError: an entry is NaN or infinite.
-
-    The complete graph on four nodes, E = 2 (n - 1):
-
-    >>> round(float(adjacency_energy(torch.ones(4, 4) - torch.eye(4))), 5)
-    6.0
-    """
-    if a.ndim != 2 or a.shape[0] != a.shape[1] or not a.is_floating_point():
-        raise UsageError(f"an adjacency must be a real square matrix, got {tuple(a.shape)} {a.dtype}")
-    work = a.to(_working(a.dtype))
-    fixed = work.detach()
-    if not bool(fixed.isfinite().all()):
-        raise NonFiniteError(f"the adjacency of shape {tuple(a.shape)} has NaN or infinite entries")
-    if a.numel() == 0:
-        return work.sum()
-    eps = torch.finfo(work.dtype).eps
-    gap, largest = float((fixed - fixed.mT).abs().max()), float(fixed.abs().max())
-    if gap > 8 * eps * largest:
-        raise UsageError(
-            f"an adjacency must be symmetric, got entries that differ from their mirror by up to {gap:.3g}: "
-            "symmetrize it, e.g. (a + a.T) / 2"
-        )
-    return _sum_above_kernel(torch.linalg.eigvalsh(work).abs(), a.shape[0] * eps)
 
 
 def energy(layers: Sequence[Tensor], absolute: bool = False) -> Tensor:
@@ -164,13 +137,13 @@ def energy(layers: Sequence[Tensor], absolute: bool = False) -> Tensor:
     tensor(6.)
     """
     b = biadjacency(layers)
-    b = b.to(_working(b.dtype))
+    b = b.to(working(b.dtype))
     if not bool(b.detach().isfinite().all()):
-        _refuse_nonfinite(layers)
+        refuse_nonfinite(layers)
     if b.numel() == 0:
         return 2 * b.sum()
     sigma = torch.linalg.svdvals(b.abs() if absolute else b)
-    return 2 * _sum_above_kernel(sigma, max(b.shape) * torch.finfo(b.dtype).eps)
+    return 2 * sum_above_kernel(sigma, max(b.shape) * torch.finfo(b.dtype).eps)
 
 
 def energy_and_grad(layers: Sequence[Tensor], absolute: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -178,7 +151,7 @@ def energy_and_grad(layers: Sequence[Tensor], absolute: bool = False) -> tuple[T
 
     Float32 weights: float32 Gram where that is good to 1e-5, else float64 Gram. Float64 weights: float64 Gram where
     every singular value is well above its noise, else SVD of the dense B, so that value and gradient keep full accuracy
-    in rank-deficient networks.
+    in rank-deficient networks. Deep networks: partial fractions of the Gram's blocks, where G is far from singular.
 
     Args:
         layers: W_1..W_L, W_l of shape ``(d_l, d_{l-1})``; any scale; bfloat16 and half are computed in float32.
@@ -191,7 +164,8 @@ def energy_and_grad(layers: Sequence[Tensor], absolute: bool = False) -> tuple[T
         UsageError: the layers do not make a network.
         NonFiniteError: a weight is NaN or infinite (the layer is named), or E overflows its dtype.
 
-    Cost: one ``eigh`` of size n, the nodes of the smaller color class, and about 4 d_l d_{l-1} n_l flops per layer.
+    Cost: one ``eigh`` of size n, the nodes of the smaller color class, and about 4 d_l d_{l-1} n_l flops per layer; of
+    a deep network about 15 times the inverses and 5 products of its n_l x n_l blocks.
 
     >>> energy_and_grad([torch.tensor([[-3.0]])])
     (tensor(6.), [tensor([[-2.]])])
@@ -211,13 +185,13 @@ def energy_grad_and_spectrum(layers: Sequence[Tensor], absolute: bool = False) -
 
     Returns:
         E and the gradients as `energy_and_grad` gives them, and the min(shape of B) singular values in descending
-        order, in the dtype of E, each within about 1e-6 (float64: 1e-8) of the largest; E is twice their sum.
+        order, in the dtype of E, each to about 1e-5 (float64: 1e-8) of the largest; E is twice their sum.
 
     Raises:
         UsageError: the layers do not make a network.
         NonFiniteError: a weight is NaN or infinite (the layer is named), or E overflows its dtype.
 
-    Cost: as of `energy_and_grad`.
+    Cost: as of `energy_and_grad`; in deep networks an ``eigvalsh`` of all n nodes in float64 more.
 
     >>> energy_grad_and_spectrum([torch.tensor([[0.0, -3.0], [4.0, 0.0]])])[2]
     tensor([4., 3.])
@@ -230,38 +204,11 @@ def energy_grad_and_spectrum(layers: Sequence[Tensor], absolute: bool = False) -
 def _found(layers: Sequence[Tensor], absolute: bool, spectrum: bool) -> _Found:
     task = _Task(staircase(tuple(node_sizes(layers))), absolute, spectrum)
     with torch.no_grad():
-        dtype = _working(_promoted(layers))
+        dtype = working(promoted(layers))
         work = [w.detach().to(dtype) for w in layers]
         found = _at_any_scale([w.abs() for w in work] if absolute else work, layers, task)
         grads = [g.mul_(w.sign()) for g, w in zip(found.grads, work)] if absolute else found.grads
         return _Found(found.value, [g.to(w.dtype) for g, w in zip(grads, layers)], found.sigma)
-
-
-def _promoted(layers: Sequence[Tensor]) -> torch.dtype:
-    dtype = layers[0].dtype
-    for w in layers:
-        dtype = torch.promote_types(dtype, w.dtype)
-    return dtype
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sum_above_kernel(magnitudes: Tensor, tolerance: float) -> Tensor:
-    """Sum of all magnitudes whose gradient is zero for those that count as kernel."""
-    fixed = magnitudes.detach()
-    return torch.where(fixed > tolerance * fixed.max(), magnitudes, fixed).sum()
-
-
-def _refuse_nonfinite(layers: Sequence[Tensor]) -> None:
-    for number, w in enumerate(layers, 1):
-        bad = int((~w.detach().isfinite()).sum())
-        if bad:
-            raise NonFiniteError(
-                f"layer {number} of shape {tuple(w.shape)} has {bad} NaN or infinite weights: "
-                "the graph energy is not defined there"
-            )
 
 
 @dataclass(frozen=True)
@@ -291,7 +238,7 @@ def _at_any_scale(work: list[Tensor], layers: Sequence[Tensor], task: _Task) -> 
     result = _by_best_route(work, task)
     if result is not None:
         return result
-    _refuse_nonfinite(layers)
+    refuse_nonfinite(layers)
     largest = max((float(w.abs().max()) for w in work if w.numel()), default=0.0)
     if largest == 0.0:
         zero = work[0].new_zeros(task.plan.small_side)
@@ -316,41 +263,42 @@ def _by_best_route(work: list[Tensor], task: _Task) -> _Found | None:
 
     # Nonnegative weights have one eigenvalue far above the rest (Perron), out of reach of a float32 Gram.
     if not double and not task.absolute:
-        gram = plan.gram(work)
-        total = float(gram.trace())
-        if not comfortable(total):
+        gram, result = plan.gram(work), None
+        if not comfortable(float(gram.trace())):
             return None
-        if plan.deep:
-            result = _by_poles(work, gram, task, 0.0, _TRUST_SINGLE)
-        else:
-            result = _by_gram(work, gram, task, 0.0, _TRUST_SINGLE) if _promising(gram, total) else None
+        if plan.depth > _DEEP_SINGLE:
+            result = _by_poles(work, gram, task, 0.0, _TRUST_POLES)
+        elif _promising(gram, _TRUST_SINGLE):
+            result = _by_gram(work, gram, task, 0.0, _TRUST_SINGLE)
         if result is not None:
             return result
-    exact = [w.double() for w in work]
+    exact, result = [w.double() for w in work], None
     gram = plan.gram(exact)
     if not comfortable(float(gram.trace())):
         return None
-    result, zero, trust = None, 0.0 if double else tolerance, _TRUST_DOUBLE if double else _TRUST_DOUBLE_FOR_SINGLE
-    if plan.deep:
-        result = _by_poles(work, gram, task, zero, trust)
-    elif task.absolute and not double:
+    if double:
+        if plan.depth > _DEEP_DOUBLE:
+            result = _by_poles(work, gram, task, tolerance, _TRUST_DOUBLE)
+        return result or _by_gram(work, gram, task, 0.0, _TRUST_DOUBLE) or _by_svd(work, tolerance)
+    if plan.depth > _DEEP_REDONE:
+        result = _by_poles(work, gram, task, tolerance, _TRUST_DOUBLE_FOR_SINGLE)
+    elif task.absolute and plan.depth <= _DEEP_SINGLE:
         result = _without_perron(work, gram, task, tolerance)
-    result = result or _by_gram(work, gram, task, zero, trust) or _by_svd(exact, tolerance)
+    result = result or _by_gram(work, gram, task, tolerance, _TRUST_DOUBLE_FOR_SINGLE) or _by_svd(exact, tolerance)
     return result.to(work[0].dtype)
 
 
-def _promising(gram: Tensor, total: float) -> bool:
+def _promising(gram: Tensor, trust: float) -> bool:
     """Says whether a float32 Gram may do, so that few eigendecompositions are thrown away (at a tenth of their cost).
 
-    lambda_max is at least ||G||_F^2 / tr G, the mean of 1 / lambda at least that of 1 / L_ii^2: what is refused here
+    lambda_max is at least the largest G_ii, the mean of 1 / lambda at least that of 1 / L_ii^2: what is refused here
     `_by_gram` would refuse too.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):
         return False
-    # The upper triangle is not all there, so the norm is a bound from below still.
-    bound = float(gram.norm()) ** 2 / total * float(factor.diagonal().reciprocal().square().mean())
-    return torch.finfo(gram.dtype).eps * bound < _TRUST_SINGLE
+    inverse = float(factor.diagonal().reciprocal().norm()) ** 2 / gram.shape[0]
+    return torch.finfo(gram.dtype).eps * float(gram.diagonal().max()) * inverse < trust
 
 
 def _by_gram(work: list[Tensor], gram: Tensor, task: _Task, tolerance: float, trust: float) -> _Found | None:
@@ -377,11 +325,11 @@ def _by_gram(work: list[Tensor], gram: Tensor, task: _Task, tolerance: float, tr
     sigma = lam.clamp_min(0).sqrt()
     half = vectors[:, kernel:] * (2 / sigma[kernel:]).sqrt()
     z = task.plan.split(half @ half.mT)
-    grads = _product(work, z, task.plan, largest * float(kept.reciprocal().mean()))
+    grads = _product(work, z, task.plan, largest * kept.reciprocal().mean())
     return _Found(2 * sigma.sum(), grads, sigma.flip(0))
 
 
-def _product(work: list[Tensor], z: Blocks, plan: Staircase, condition: float) -> list[Tensor]:
+def _product(work: list[Tensor], z: Blocks, plan: Staircase, condition: Tensor | float) -> list[Tensor]:
     """The gradients from the blocks of Z = 2 G^{-1/2}, where Z may be float64 and the layers float32.
 
     The product M Z may stay in float32 at condition numbers where the Gram may not: its error has 1 / sigma once.
@@ -389,7 +337,7 @@ def _product(work: list[Tensor], z: Blocks, plan: Staircase, condition: float) -
     single, double = work[0].dtype, z[0][0].dtype
     if single == double:
         return plan.gradients(work, *z)
-    if torch.finfo(single).eps * math.sqrt(condition) < _TRUST_PRODUCT:
+    if torch.finfo(single).eps * math.sqrt(float(condition)) < _TRUST_PRODUCT:
         return plan.gradients(work, [b.to(single) for b in z[0]], [b.to(single) for b in z[1]])
     return plan.gradients([w.to(double) for w in work], *z)
 
@@ -412,12 +360,12 @@ def _without_perron(work: list[Tensor], gram: Tensor, task: _Task, tolerance: fl
     top = float(x @ image)
     error, middle = float((image - top * x).norm()), (1 - top) / (n - 1)
     rest = full.addr(x, x, alpha=middle - top).float()
-    if not _promising(rest, 1 - top + middle):
+    if not _promising(rest, _TRUST_PERRON):
         return None
     lam, vectors = torch.linalg.eigh(rest)
     rms = float(lam.reciprocal().norm()) / math.sqrt(n)
     wrong = (torch.finfo(lam.dtype).eps * float(lam[-1]) + error) * rms
-    if not (float(lam[0]) > tolerance**2 * top and wrong < _TRUST_SINGLE):
+    if not (float(lam[0]) > tolerance**2 * top and wrong < _TRUST_PERRON):
         return None
     half = vectors * (2 / lam.sqrt()).sqrt()
     root, x = math.sqrt(float(total)), x.float()
@@ -447,7 +395,10 @@ def _by_poles(work: list[Tensor], gram: Tensor, task: _Task, tolerance: float, t
         return None
     value = 2 * inner(blocks, z)
     grads = _product(work, z, task.plan, largest * trace / gram.shape[0])
-    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0) if task.spectrum else None
+    sigma = None
+    if task.spectrum:
+        exact = task.plan.gram([w.double() for w in work])
+        sigma = torch.linalg.eigvalsh(exact).clamp_min(0).sqrt().flip(0).to(gram.dtype)
     return _Found(value, [g.mul_(2) for g in grads], sigma)
 
 

@@ -1,178 +1,199 @@
 """The polar factor of a matrix, W = Q H with H = (W^T W)^(1/2): the gradient of the nuclear norm.
 
-Idea: two routes give Q and ||W||_* = tr H exactly. The SVD, Q = U V^T, always works. The eigendecomposition of the Gram
-matrix of the smaller side, Q = W V diag(1/sigma) V^T, is faster for matrices that are not nearly square, but squares
-the condition number. Its error is known beforehand: a Gram matrix rounded to eps moves Q, relative to its norm, by
-about::
+Idea: several routes lead to Q and ||W||_* = tr H; which is fastest depends on the shape and on the singular values.
 
-    eps * sigma_1^2 * rms(1 / sigma_i^2)
+- ``svd``: Q = U V^T, always works.
+- ``gram``: eigenvectors of the Gram matrix, small singular values treated apart (`polar_gram.split_polar`).
+- ``double``: eigenvectors of a float64 Gram matrix of float32 weights (`polar_gram.double_polar`).
+- ``express``: polynomials of the Gram matrix (`polar_express`); tall, well-conditioned matrices.
 
-So ``route="auto"`` tries the Gram matrix in float32, then in float64, then the SVD, and takes the first whose estimate
-is small enough. Singular values that count as zero (`spectral.tolerance`, with the eps of the weights, not that of the
-Gram matrix) get none of Q: the minimal-norm subgradient.
+``auto`` predicts the fastest one from the shape and from the Gram matrix G of one half of the columns: from tr G and
+||G||_F, and, where these leave it open, from its Cholesky pivots. Each route knows what it cannot do; then
+the next one follows, at last the SVD. So a wrong prediction costs time only, and `polar_table` holds the constants.
+Singular values that count as zero (`spectral.tolerance`, with the eps of the weights) get none of Q: the minimal-norm
+subgradient.
 
 Reference: N. Higham, "Functions of Matrices" (2008), chapter 8.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from groundstate.errors import UsageError
-from groundstate.norms.spectral import LinAlgError, above_tolerance, assemble, prepare, svd, tolerance
+from groundstate.norms.polar_express import inverse_root, moments
+from groundstate.norms.polar_gram import (
+    complete_symmetric,
+    double_polar,
+    split_polar,
+    svd_polar,
+    symmetric_product,
+)
+from groundstate.norms.polar_table import constants
+from groundstate.norms.spectral import prepare, tolerance
 
-Route = Literal["auto", "svd", "gram"]
+Route = Literal["auto", "svd", "gram", "double", "express"]
+_ROUTES = get_args(Route)
 
-# Above this ratio of the sides the Gram matrix is nearly as large as the matrix, and the SVD as fast; below this
-# product of the sides times the smaller one, too.
-_ASPECT = 0.7
-_SMALL = 1e6
-# Bounds on the estimated relative error of Q: float32 weights in a float32 and a float64 Gram matrix, float64 weights.
-_TRUST_SINGLE = 5e-5
-_TRUST_SINGLE_IN_DOUBLE = 1e-6
-_TRUST_DOUBLE = 1e-11
-# A float32 Gram matrix is no use below this ratio of its eigenvalues, whatever the estimate.
-_SMALLEST_RATIO = 1e-4
-# Bound on eps * sigma_1 * rms(1 / sigma_i), the error of the product W Z in float32.
-_TRUST_PRODUCT = 2e-5
+# Bounds on the estimated relative error of Q from one Gram matrix, also where singular values are asked for, and of
+# float64 matrices; then from polynomials.
+_TRUST, _TRUST_SPECTRUM, _TRUST_DOUBLE = 4e-4, 4e-5, 2e-11
+_TARGET, _TARGET_DOUBLE = 4e-4, 1e-13
+# Traces of a Gram matrix between which no square in float32 leaves its range.
+_LOW, _HIGH = 2.0**-80, 2.0**80
+_PIVOT = 3e-4  # pivots that count as small, relative to a lower bound on the largest eigenvalue
 
 
 def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
     """Returns the minimal-norm polar factor and the nuclear norm, without an autograd graph.
 
     Args:
-        w: ``(*batch, m, n)``, any scale; m or n may be 0. In a batch each matrix takes the first route that is accurate
-            enough for it.
-        route: ``"svd"``; ``"gram"``, the Gram matrix for any shape, and the SVD only where that is not accurate
-            enough; ``"auto"``, the same for min(m, n) <= 0.7 max(m, n) unless the matrix is small, else the SVD.
+        w: ``(*batch, m, n)``, any scale; m or n may be 0. In a batch each matrix takes the route that suits it.
+        route: ``"auto"``, or what to try first, whatever it costs: ``"svd"``, ``"gram"``, ``"double"``, ``"express"``.
 
     Returns:
         ``(q, value)``: q of the shape and dtype of w, value ``(*batch,)``, float64 for float64 and float32 otherwise.
+        In float32 q is within 1e-3 of the exact one, relative to its norm, or as good as the SVD where singular values
+        are so small that this is not; in float64 within 1e-10. The value is more accurate than q, mostly to 1e-6 in
+        float32.
 
     Raises:
         UsageError: an unknown route, or not a real floating-point matrix.
         NonFiniteError: w holds NaN or infinity, or no decomposition converges.
 
-    Cost: 4 m n min(m, n) flops and an ``eigh`` of size min(m, n), in float32, sometimes float64 too; or one SVD.
+    Cost: half to two thirds of an SVD for square matrices, a quarter to a half for tall and wide ones; up to an SVD
+    where most singular values are below a hundredth of the largest.
 
     >>> polar(torch.tensor([[0.0, 3.0], [0.0, 0.0]]))
     (tensor([[0., 1.],
             [0., 0.]]), tensor(3.))
     """
-    if route not in ("auto", "svd", "gram"):
-        raise UsageError(f"route must be 'auto', 'svd' or 'gram', got {route!r}")
+    if route not in _ROUTES:
+        raise UsageError(f"route must be one of {', '.join(map(repr, _ROUTES))}, got {route!r}")
     with torch.no_grad():
         w = w.detach()
-        if w.numel() == 0 or route == "svd" or (route == "auto" and not _worth_a_gram(*w.shape[-2:])):
-            return _by_svd(w)
-        work, scale = prepare(w)
-        wide = w.shape[-2] < w.shape[-1]
-        flat = (work.mT if wide else work).reshape(-1, max(w.shape[-2:]), min(w.shape[-2:]))
-        q, value = _by_best_route(flat, tolerance(w))
-        q, value = (q.mT if wide else q).reshape(w.shape), value.reshape(w.shape[:-2])
-        return q.to(w.dtype), value if scale is None else (value * scale[..., 0, 0]).to(value.dtype)
+        found = _quick(w, route, False)
+        if found is not None:
+            return found[0], found[1].sum(-1)
+        q, s, scale = _careful(w, route, False)
+        value = s.sum(-1)
+        return q, value if scale is None else (value * scale[..., 0, 0]).to(value.dtype)
 
 
-def _worth_a_gram(m: int, n: int) -> bool:
-    return min(m, n) <= _ASPECT * max(m, n) and m * n * min(m, n) > _SMALL
-
-
-def _by_svd(w: Tensor) -> tuple[Tensor, Tensor]:
-    u, s, vh = svd(w)
-    return assemble(u, above_tolerance(s, w).sign(), vh, w), s.sum(-1)
-
-
-def _by_best_route(tall: Tensor, zero: float) -> tuple[Tensor, Tensor]:
-    """Polar factors of ``(batch, m, n)``, m >= n, float32 or float64; singular values up to zero * sigma_1 are zero."""
-    if tall.dtype == torch.float64:
-        q, value, ok = _by_gram(tall, torch.float64, zero, _TRUST_DOUBLE)
-        return _redo(q, value, ok, tall, zero, None)
-    q, value, ok = _by_gram(tall, torch.float32, 0.0, _TRUST_SINGLE)
-    return _redo(q, value, ok, tall, zero, _TRUST_SINGLE_IN_DOUBLE)
-
-
-def _redo(
-    q: Tensor, value: Tensor, ok: Tensor, tall: Tensor, zero: float, trust: float | None
-) -> tuple[Tensor, Tensor]:
-    """Repeats the matrices that are not ``ok`` on the next route: a float64 Gram matrix with ``trust``, or the SVD."""
-    if bool(ok.all()):
-        return q, value
-    left = ~ok
-    if trust is None:
-        u, s, vh = svd(tall[left].double())
-        unit = (u * (s > zero * s[..., :1])[..., None, :]) @ vh
-        again = unit.to(tall.dtype), s.sum(-1).to(tall.dtype)
-    else:
-        again = _redo(*_by_gram(tall[left], torch.float64, zero, trust), tall[left], zero, None)
-    if bool(left.all()):
-        return again
-    q[left], value[left] = again
-    return q, value
-
-
-def _by_gram(tall: Tensor, dtype: torch.dtype, zero: float, trust: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Polar factors by the Gram matrix in ``dtype``.
+def polar_and_spectrum(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the minimal-norm polar factor and the singular values, without an autograd graph.
 
     Args:
-        tall: ``(batch, m, n)``, m >= n.
-        dtype: Of the Gram matrix and its eigendecomposition.
-        zero: Singular values up to zero * sigma_1 get none of Q; 0: there must be none.
-        trust: Bound on the estimated relative error of Q.
+        w: ``(*batch, m, n)``, any scale; m or n may be 0.
 
     Returns:
-        Q, the nuclear norm, and whether the estimate is within the bound, ``(batch,)``.
+        ``(q, s)``: q as `polar` gives it, s ``(*batch, min(m, n))`` in descending order, float64 for float64 and
+        float32 otherwise, each within about 1e-6 sigma_1 in float32; those that count as zero may be exactly 0. q is within 1e-4.
+
+    Raises:
+        UsageError: not a real floating-point matrix.
+        NonFiniteError: w holds NaN or infinity, or no decomposition converges.
+
+    Cost: as `polar`, without the polynomials.
+
+    >>> polar_and_spectrum(torch.tensor([[3.0], [4.0]]))
+    (tensor([[0.6000],
+            [0.8000]]), tensor([5.]))
     """
-    work = tall.to(dtype)
-    eps = torch.finfo(dtype).eps
-    gram = _gram(work)
-    nothing = torch.zeros(tall.shape[0], dtype=torch.bool, device=tall.device)
-    if dtype == tall.dtype and not bool(_promising(gram, trust).any()):
-        return tall, tall[:, 0, 0], nothing
-    try:
-        lam, v = torch.linalg.eigh(gram)
-    except LinAlgError:
-        return tall, tall[:, 0, 0], nothing
-    top = lam[:, -1:]
-    kept = lam > max(zero**2, lam.shape[-1] * eps) * top
-    inverse = torch.where(kept, 1 / torch.where(kept, lam, 1.0), 0.0)
-    count = kept.sum(-1).clamp_min(1)
-    ok = eps * top[:, 0] * (inverse.square().sum(-1) / count).sqrt() <= trust
-    if zero == 0:
-        ok &= lam[:, 0] > _SMALLEST_RATIO * top[:, 0]
-    else:  # no singular value may be lost in the rounding of the Gram matrix
-        ok &= (kept | (lam <= zero**2 * top)).all(-1)
-    if not bool(ok.any()):
-        return tall, tall[:, 0, 0], nothing
-    half = v * inverse.sqrt().sqrt()[:, None, :]
-    z = half @ half.mT
-    product_error = torch.finfo(tall.dtype).eps * (top[:, 0] * inverse.sum(-1) / count).sqrt()
-    in_single = float(product_error[ok].max()) <= _TRUST_PRODUCT
-    q = tall @ z.to(tall.dtype) if in_single else (work @ z).to(tall.dtype)
-    return q, lam.clamp_min(0).sqrt().sum(-1).to(tall.dtype), ok
+    with torch.no_grad():
+        w = w.detach()
+        found = _quick(w, "auto", True)
+        q, s, scale = (*found, None) if found is not None else _careful(w, "auto", True)
+        s = s.sort(descending=True).values
+        return q, s if scale is None else (s * scale[..., 0]).to(s.dtype)
 
 
-def _promising(gram: Tensor, trust: float) -> Tensor:
-    """Predicts from a Cholesky factor which Gram matrices are accurate enough, ``(batch,)``; only speed rests on it.
+def _quick(w: Tensor, route: Route, spectrum: bool) -> tuple[Tensor, Tensor] | None:
+    """The answer for one float32 matrix of ordinary scale, which needs no preparation."""
+    if w.ndim != 2 or w.dtype != torch.float32 or w.numel() == 0 or route not in ("auto", "gram"):
+        return None
+    return _one(w, tolerance(w), route, spectrum)
 
-    The largest eigenvalue is at least ||G||_F^2 / tr G, the largest of the inverse at least 1 / L_ii^2.
+
+def _careful(w: Tensor, route: Route, spectrum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Q, numbers that add up to the nuclear norm (the singular values if asked for), and a scale to multiply these."""
+    work, scale = prepare(w)
+    zero = tolerance(w)
+    if work.numel() == 0 or (scale is not None and not bool(work.any())):
+        return torch.zeros_like(w), work.new_zeros(*w.shape[:-2], min(w.shape[-2:])), None
+    table = constants(w.device.type)
+    small = route == "auto" and w.ndim > 2 and min(w.shape[-2:]) <= table.tiny
+    if route == "svd" or (small and w.dtype == torch.float64):
+        q, s = svd_polar(work, zero)
+    elif route == "double" or small:
+        q, s = double_polar(work, zero) or svd_polar(work, zero)
+    else:
+        each = [_one(x, zero, route, spectrum) or svd_polar(x, zero) for x in work.reshape(-1, *work.shape[-2:])]
+        if not spectrum:
+            each = [(q, s.sum()[None]) for q, s in each]
+        q, s = each[0] if len(each) == 1 else map(torch.stack, zip(*each))
+        q, s = q.reshape(w.shape), s.reshape(*w.shape[:-2], -1)
+    return q.to(w.dtype), s, scale
+
+
+def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, Tensor] | None:
+    """The best route for one matrix, ``(m, n)``, or ``None`` where its scale is extreme or nothing but an SVD helps."""
+    double = w.dtype == torch.float64
+    tall = w.shape[0] >= w.shape[1]
+    rows = w.mT if tall else w
+    n, table = len(rows), constants(w.device.type)
+    if route == "auto" and n <= table.tiny:
+        found = None if double else double_polar(w, zero)
+        return found if found is not None and _LOW < float(found[1][-1]) ** 2 < _HIGH else None
+    gram, half = w.new_empty(n, n), n // 2
+    trust = _TRUST_DOUBLE if double else _TRUST_SPECTRUM if spectrum else _TRUST
+    even = True
+    if route == "auto":
+        elongated = n <= table.aspect * rows.shape[1]
+        if double and not elongated:
+            return None
+        leading = symmetric_product(rows[:half], out=gram[:half, :half])
+        trace, norm, evenness = moments(leading)
+        if not _LOW < trace < _HIGH:
+            return None
+        if evenness < table.uneven and _share_of_small(leading, norm * norm / trace) > table.small:
+            return double_polar(w, zero) if elongated and not double else svd_polar(w, zero)
+        complete_symmetric(gram, rows)
+        even = elongated and not spectrum and evenness >= table.even
+    else:
+        symmetric_product(rows, out=gram)
+    if even and route != "gram":
+        gram[:half, half:] = gram[half:, :half].mT
+        z = inverse_root(gram, _TARGET_DOUBLE if double else _TARGET)
+        if z is not None:
+            return (w @ z if tall else z @ w), (z * gram).sum(dtype=torch.float64).to(w.dtype)[None]
+    if double and not _promising(gram):
+        return None
+    return split_polar(w, gram, zero, trust)
+
+
+def _promising(gram: Tensor) -> bool:
+    """Whether a float64 Gram matrix may be accurate enough: pivots bound the smallest eigenvalue from above."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    least = float(factor.diagonal().min()) ** 2
+    return not int(failed) and torch.finfo(gram.dtype).eps * float(gram.diagonal().max()) <= _TRUST_DOUBLE * least
+
+
+def _share_of_small(gram: Tensor, size: float) -> float:
+    """Share of small pivots in the Cholesky factor of a Gram matrix whose largest eigenvalue is about ``size``.
+
+    A pivot is the squared distance of a column of W from the span of those before it, so in half of the columns small
+    ones show up where more than half of all singular values are small.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    square = torch.linalg.vector_norm(gram, dim=(-2, -1)).square()  # may lack a block above the diagonal: a bound still
-    inverse = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1).reciprocal()
-    return (failed == 0) & (torch.finfo(gram.dtype).eps * square / diagonal.sum(-1) * inverse <= trust)
-
-
-def _gram(tall: Tensor) -> Tensor:
-    """Returns W^T W, valid in its lower triangle at least: three quarters of the products where that pays."""
-    n = tall.shape[-1]
-    if n < 64:
-        return tall.mT @ tall
-    half = n // 2
-    gram = tall.new_zeros(tall.shape[0], n, n)
-    gram[:, half:] = tall[..., half:].mT @ tall
-    gram[:, :half, :half] = tall[..., :half].mT @ tall[..., :half]
-    return gram
+    if int(failed):  # also where a single column is zero
+        gram = gram.clone()
+        gram.diagonal().add_(0.1 * _PIVOT * size)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed):
+            return 1.0
+    least = (_PIVOT * size) ** 0.5
+    return sum(pivot < least for pivot in factor.diagonal().tolist()) / len(gram)

@@ -27,7 +27,7 @@ from torch import Tensor
 Blocks = tuple[list[Tensor], list[Tensor]]  # of a symmetric block tridiagonal matrix: diagonal, below the diagonal
 
 # Entries of all poles together that are inverted at once; more makes several passes.
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 19
 # Blocks beyond this size are inverted by halves: matrix products are faster than LAPACK there.
 _INVERTED_WHOLE = 48
 
@@ -72,13 +72,13 @@ class Staircase:
     columns: tuple[slice, ...]
 
     @property
-    def deep(self) -> bool:
-        """Whether partial fractions are faster than an eigendecomposition (measured: 10 to 20 by the dtype)."""
-        return self.small_side**3 > 16 * sum((c.stop - c.start) ** 3 for c in self.columns) and self.small_side > 256
+    def depth(self) -> float:
+        """n^3 over the sum of all n_i^3: what an eigendecomposition of G costs beside the inverses of single blocks."""
+        return self.small_side**3 / max(1, sum((c.stop - c.start) ** 3 for c in self.columns))
 
     def gram(self, work: list[Tensor]) -> Tensor:
         """Returns M^T M, the lower triangle being valid."""
-        gram = work[0].new_zeros(self.small_side, self.small_side).mT  # column-major, as LAPACK takes it
+        gram = work[0].new_zeros(self.small_side, self.small_side)
         diagonal, below = self.split(gram)
         for row in self.rows:
             if row.before >= 0:
@@ -109,12 +109,14 @@ class Staircase:
 
 
 def _add_gram(out: Tensor, a: Tensor) -> None:
-    """Adds a^T a to ``out``, its lower triangle at least: nearly half of the products are left out where that pays."""
+    """Adds a^T a to ``out``, its lower triangle at least: three quarters of the work of all where that pays."""
     n = a.shape[1]
-    step = max(1, n) if n < 64 else max(32, -(-n // 8))
-    for start in range(0, n, step):
-        part = slice(start, start + step)
-        out[part, : part.stop].addmm_(a[:, part].mT, a[:, : part.stop])
+    if n < 64:
+        out.addmm_(a.mT, a)
+        return
+    half = n // 2
+    out[half:].addmm_(a[:, half:].mT, a)
+    out[:half, :half].addmm_(a[:, :half].mT, a[:, :half])
 
 
 @lru_cache(maxsize=64)

@@ -9,15 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from groundstate.energies.base import (
-    Dualizable,
-    Energy,
-    FunctionEnergy,
-    MatrixEnergy,
-    NetworkEnergy,
-    Proximable,
-    TrajectoryEnergy,
-)
+from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, TrajectoryEnergy
+from groundstate.energies.capabilities import Dualizable, Proximable
 from groundstate.energies.registry import registered
 from groundstate.testing import common, degenerate, functions, matrices, networks, proximal, trajectories
 

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Dualizable, MatrixEnergy, Proximable
+from groundstate.energies.base import MatrixEnergy
+from groundstate.energies.capabilities import Dualizable, Proximable
 from groundstate.testing import samples
 from groundstate.testing.expect import expect, expect_close, expect_nonfinite_error, inner, size, untouched
 

@@ -38,7 +38,7 @@ class TrainConfig:
     Attributes:
         energy: Spec of the energy, e.g. ``"1e-3*nuclear"``; ``"none"`` is the baseline.
         coupling: Coupling of the terms that name none.
-        every: Let weight energies act at every k-th step.
+        every: Let energies act at every k-th step only, k times as strong.
         gap: Keep the gradients of nuclear and graph until their bounds are this far apart; default: none are kept.
         select: Patterns of weight names; default: all matrices.
         data: ``digits`` (embedded) or ``mnist``.

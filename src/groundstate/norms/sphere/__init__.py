@@ -30,7 +30,14 @@ from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms.spectral import refuse_nonfinite, working_dtype
 from groundstate.norms.sphere.autograd import differentiable
 from groundstate.norms.sphere.blocks import pair_sums
-from groundstate.norms.sphere.directions import Directions, by_weights, checked, directions, zero_rows
+from groundstate.norms.sphere.directions import (
+    Directions,
+    by_weights,
+    checked,
+    directions,
+    directions_but_zeros,
+    zero_rows,
+)
 from groundstate.norms.sphere.law import Law, law
 from groundstate.norms.sphere.parallel import Progress
 
@@ -200,10 +207,11 @@ def _parts(flat: Tensor, rule: Law, on_zero: OnZero) -> Iterator[Directions]:
     if on_zero not in ("error", "exclude"):
         raise UsageError(f"on_zero must be 'error' or 'exclude', got {on_zero!r}")
     dtype = dtype_for(flat, rule.s)
-    zero = zero_rows(flat) if on_zero == "exclude" else None
-    if zero is None or not bool(zero.any()):
-        yield directions(flat, dtype)
+    made, zeros = (directions(flat, dtype), 0) if on_zero == "error" else directions_but_zeros(flat, dtype)
+    if not zeros:
+        yield made
         return
+    zero = zero_rows(flat)
     refuse_nonfinite(flat)
     for k in range(flat.shape[0]):
         kept = (~zero[k]).nonzero()[:, 0]

@@ -22,7 +22,7 @@ from torch import Tensor
 from groundstate.errors import UsageError
 from groundstate.norms.sphere.directions import Directions
 from groundstate.norms.sphere.law import Exact, Law, exact, fast
-from groundstate.norms.sphere.parallel import Progress, rounds, run
+from groundstate.norms.sphere.parallel import Progress, rounds, run, serial
 
 
 class Sums(NamedTuple):
@@ -82,6 +82,8 @@ def pair_sums(of: Directions, rule: Law, gradient: bool, progress: Progress | No
     groups, count, _ = of.u.shape
     size = block_size(of.u.device)
     step = max(1, size**2 // count**2)
+    if count <= size and 0 < groups <= step and serial(of.u.device):
+        return _one_block(of, rule, gradient, progress)
     batches = [slice(k, min(k + step, groups)) for k in range(0, groups, step)]
     pairs = [pair for played in rounds(-(-count // size)) for pair in played]
     g = torch.zeros_like(of.u) if gradient else None
@@ -91,14 +93,27 @@ def pair_sums(of: Directions, rule: Law, gradient: bool, progress: Progress | No
     def task(batch: slice, i: int, j: int, slot: int) -> None:
         left = _side(of, batch, slice(i * size, (i + 1) * size), g)
         right = left if i == j else _side(of, batch, slice(j * size, (j + 1) * size), g)
-        own = torch.arange(left.u.shape[1], device=of.u.device) if i == j else None
-        f, clipped = _block(of, batch, left, right, None if own is None else (own, own), rule, scratch)
+        f, clipped = _block(of, batch, left, right, None, rule, scratch)
         share = 0.5 if i == j else 1.0
-        found[0, slot, batch], found[1, slot, batch] = share * f.sum(-1), share * clipped.sum(-1)
+        found[0, slot, batch] = share * f.sum(-1)
+        if clipped is not None:
+            found[1, slot, batch] = share * clipped.sum(-1)
 
     games = [({(b.start, i), (b.start, j)}, (b, i, j, slot)) for slot, (i, j) in enumerate(pairs) for b in batches]
     run(task, games, of.u.device, progress)
     return Sums(found[0].sum(0), g, found[1].sum(0).long())
+
+
+def _one_block(of: Directions, rule: Law, gradient: bool, progress: Progress | None) -> Sums:
+    """Returns `pair_sums` of a few neurons, where lists of blocks and games would cost more than the sums."""
+    g = torch.zeros_like(of.u) if gradient else None
+    groups, count, _ = of.u.shape
+    side = _side(of, slice(0, groups), slice(0, count), g)
+    f, clipped = _block(of, slice(0, groups), side, side, None, rule, _Scratch(of.u, groups * count**2))
+    if progress is not None:
+        progress(1, 1)
+    none = torch.zeros(groups, dtype=torch.long, device=of.u.device)
+    return Sums(f.sum(-1).mul_(0.5), g, none if clipped is None else (0.5 * clipped.sum(-1)).long())
 
 
 def row_sums(of: Directions, chosen: Tensor, rule: Law, gradient: bool) -> Sums:
@@ -126,11 +141,14 @@ def row_sums(of: Directions, chosen: Tensor, rule: Law, gradient: bool) -> Sums:
     def task(part: Tensor, out: Tensor) -> None:
         u = of.u[group, part]
         left = _Side(part, u, torch.zeros_like(u) if gradient else None)
-        for begin in range(0, count, size):
-            right = _side(of, group, slice(begin, begin + size), g)
-            own = ((part >= begin) & (part < begin + size)).nonzero()[:, 0]
+        width = size**2 // part.shape[0]
+        for begin in range(0, count, width):
+            right = _side(of, group, slice(begin, begin + width), g)
+            own = ((part >= begin) & (part < begin + width)).nonzero()[:, 0]
             f, clipped = _block(of, group, left, right, (own, part[own] - begin), rule, scratch)
-            out += torch.cat([f, clipped])
+            out[:1] += f
+            if clipped is not None:
+                out[1:] += clipped
         if g is not None and left.gradient is not None:
             g[0].index_add_(0, part, left.gradient[0])
 
@@ -151,15 +169,15 @@ def _block(
     own: tuple[Tensor, Tensor] | None,
     rule: Law,
     scratch: _Scratch,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Adds the gradient of a block; returns sums and numbers of clipped pairs of its rows, float64 ``(groups, rows)``.
 
-    ``own`` are the places where a neuron meets itself. ``right is left`` on the diagonal, where one product gives all.
+    ``own`` are the places where a neuron meets itself, ``None`` for none and, where ``right is left``, for the
+    diagonal; there one product gives both gradients. No clipped pairs are ``None``.
     """
     c, *work = scratch(left.u.shape[0], left.u.shape[1], right.u.shape[1])
     torch.bmm(left.u, right.u.mT, out=c)
-    if own is not None:
-        c[:, own[0], own[1]] = 0.0
+    _clear(c, own, left is right)
     edge = 1 - rule.near(c.dtype) / 2
     if rule.two_sided:
         low, high = torch.aminmax(c)
@@ -169,15 +187,24 @@ def _block(
     if near:
         return _exact_block(of, batch, left, right, own, rule)
     rows, slopes = fast(c, work, rule, left.gradient is not None)
-    if own is not None:
-        rows[:, own[0]] -= rule.orthogonal  # they were counted at c = 0
+    if left is right:
+        rows -= rule.orthogonal  # a neuron and itself were counted at c = 0
+    elif own is not None:
+        rows[:, own[0]] -= rule.orthogonal
     if left.gradient is not None and right.gradient is not None:
-        if own is not None:
-            slopes[:, own[0], own[1]] = 0.0
+        _clear(slopes, own, left is right)
         left.gradient.baddbmm_(slopes, right.u)
         if right is not left:
             right.gradient.baddbmm_(slopes.mT, left.u)
-    return rows, torch.zeros_like(rows)
+    return rows, None
+
+
+def _clear(x: Tensor, own: tuple[Tensor, Tensor] | None, diagonal: bool) -> None:
+    """Sets to zero where a neuron meets itself."""
+    if diagonal:
+        x.diagonal(dim1=-2, dim2=-1).zero_()
+    elif own is not None:
+        x[:, own[0], own[1]] = 0.0
 
 
 def _exact_block(
@@ -185,7 +212,9 @@ def _exact_block(
 ) -> tuple[Tensor, Tensor]:
     x, y = of.exact(batch, left.rows), of.exact(batch, right.rows)
     same = torch.zeros(x.shape[1], y.shape[1], dtype=torch.bool, device=x.device)
-    if own is not None:
+    if left is right:
+        same.fill_diagonal_(True)
+    elif own is not None:
         same[own] = True
     sides = exact(x, y, same, rule)
     if rule.on_duplicate == "error":

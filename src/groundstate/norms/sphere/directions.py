@@ -38,6 +38,8 @@ class Directions(NamedTuple):
 
     def exact(self, groups: slice, rows: slice | Tensor) -> Tensor:
         """Returns unit rows in float64, of w itself: those of u are rounded to its dtype."""
+        if self.u.dtype == torch.float64:
+            return self.u[groups, rows]
         scale, norm = self.scale[groups, rows, None], self.norm[groups, rows, None]
         return self.w[groups, rows].double() / scale / norm
 
@@ -71,6 +73,21 @@ def directions(w: Tensor, dtype: torch.dtype) -> Directions:
         UsageError: a neuron is zero; their number is given.
         NonFiniteError: w holds NaN or infinity.
     """
+    made, zeros = directions_but_zeros(w, dtype)
+    if zeros:
+        raise UsageError(
+            f"{zeros} of {w.shape[0] * w.shape[1]} neurons are zero and have no direction: leave them out "
+            "(on_zero='exclude')"
+        )
+    return made
+
+
+def directions_but_zeros(w: Tensor, dtype: torch.dtype) -> tuple[Directions, int]:
+    """Returns the directions of ``(groups, N, d)``, NaN for neurons that are zero, and the number of these.
+
+    Raises:
+        NonFiniteError: w holds NaN or infinity.
+    """
     groups, count, _ = w.shape
     u = torch.empty(w.shape, dtype=dtype, device=w.device)
     scale = torch.ones(groups, count, dtype=torch.float64, device=w.device)
@@ -79,7 +96,8 @@ def directions(w: Tensor, dtype: torch.dtype) -> Directions:
     for g, rows in _chunks(w.shape):
         x = w[g, rows].double()
         n = torch.linalg.vector_norm(x, dim=-1)
-        if not (float(n.amin()) > 1 / _COMFORTABLE and float(n.amax()) < _COMFORTABLE):
+        least, most = torch.aminmax(n)
+        if not (float(least) > 1 / _COMFORTABLE and float(most) < _COMFORTABLE):
             largest = x.abs().amax(-1)
             if not bool(largest.isfinite().all()):
                 refuse_nonfinite(w)
@@ -88,12 +106,9 @@ def directions(w: Tensor, dtype: torch.dtype) -> Directions:
             x = x / scale[g, rows, None]
             n = torch.linalg.vector_norm(x, dim=-1)
         norm[g, rows] = n
-        u[g, rows] = x / n[..., None]  # not in place: for float64 x may be w itself
-    if zeros:
-        raise UsageError(
-            f"{zeros} of {groups * count} neurons are zero and have no direction: leave them out (on_zero='exclude')"
-        )
-    return Directions(w, u, scale, norm)
+        # In place, and rounded to float32 as a quotient would be; for float64 x may be w itself.
+        u[g, rows] = x / n[..., None] if dtype == torch.float64 else x.mul_(n.reciprocal()[..., None])
+    return Directions(w, u, scale, norm), zeros
 
 
 def by_weights(g: Tensor, of: Directions, factor: float) -> Tensor:
@@ -102,7 +117,7 @@ def by_weights(g: Tensor, of: Directions, factor: float) -> Tensor:
     for k, rows in _chunks(g.shape):
         x, u = g[k, rows].double(), of.exact(k, rows)
         x = x.addcmul_((x * u).sum(-1, keepdim=True), u, value=-1)
-        out[k, rows] = (x * factor / of.norm[k, rows, None] / of.scale[k, rows, None]).to(out.dtype)
+        out[k, rows] = x.mul_((factor / of.norm[k, rows] / of.scale[k, rows])[..., None])
     return out
 
 

@@ -34,9 +34,12 @@ from groundstate.norms.sphere.law import Law, law
 # Closer pairs than this outweigh thousands of others at s = 2.
 _TOO_NEAR = 0.03
 # A pair at that distance falls into one cell of a table with probability 0.75, so into none with 0.4 percent; a random
-# pair does with 8e-6.
-_TABLES, _HASHES, _WIDTH, _NEIGHBORS = 4, 6, 0.5, 8
+# pair does with 8e-6. Of each number of a cell, 6 bits count: no two cells within 16 deviations are mixed up.
+_TABLES, _HASHES, _WIDTH, _NEIGHBORS, _BITS = 4, 6, 0.5, 8, 6
+_PAIRS = 1024  # candidates whose distance is taken at a time
 _COLUMNS = 128  # of a block of U^T U, which is symmetric
+# Rows that are drawn: _ROWS / d, in these limits. The polynomial leaves the less the larger d is, and costs the more.
+_ROWS, _FEWEST, _MOST = 2**14, 32, 256
 
 
 class Estimate(NamedTuple):
@@ -99,7 +102,7 @@ def sampled(
 
 
 def estimate(
-    w: Tensor, s: float = 1.0, *, half_space: bool = False, rows: int = 256, generator: torch.Generator
+    w: Tensor, s: float = 1.0, *, half_space: bool = False, rows: int | None = None, generator: torch.Generator
 ) -> Estimate:
     """Returns an unbiased estimate of the energy: moments of all pairs, and a sample of what they leave.
 
@@ -109,7 +112,8 @@ def estimate(
         w: Neurons in rows, ``(*batch, N, d)``, none of them zero.
         s: Exponent of r^-s; 0 is -log r.
         half_space: Count each neuron's opposite too.
-        rows: How many neurons to draw, at least 2; from N on all, and the value is exact.
+        rows: How many neurons to draw, at least 2; from N on all, and the value is exact. ``None``: 16384 / d, but 32
+            to 256, the more the less the moments know.
         generator: Where the drawing and the hashing come from.
 
     Returns:
@@ -126,6 +130,8 @@ def estimate(
     tensor(0.7071)
     """
     rule = law(s, half_space, r_min=_TOO_NEAR)
+    if rows is None:
+        rows = min(max(_ROWS // max(1, checked(w).shape[-1]), _FEWEST), _MOST)
     _check(rows, generator)
     return Estimate(*differentiable(w, lambda x, gradient: _estimate(x, rule, rows, generator, gradient, True)))
 
@@ -222,21 +228,24 @@ def _refuse_hashed_pair(u: Tensor, rule: Law, generator: torch.Generator) -> Non
     """Raises `UsageError` for a pair closer than r_min that falls into one cell of a table of random projections."""
     shape = u.shape[1], _TABLES * _HASHES
     lines = torch.randn(shape, generator=generator, device=generator.device).to(u)
-    odd = torch.randint(2**40, shape[1:], generator=generator, device=generator.device).to(u.device) * 2 + 1
-    places = (u @ lines).split(_HASHES, 1)
-    for at, multipliers in zip(places, odd.split(_HASHES), strict=True):
-        flip = at[:, :1] < 0 if rule.half_space else torch.zeros_like(at[:, :1], dtype=torch.bool)
-        cells = torch.where(flip, -at, at).div_(_WIDTH).floor_().long()
-        keys, order = (cells * multipliers).sum(1).sort()
-        for step in range(1, min(_NEIGHBORS, len(keys) - 1) + 1):
-            first = (keys[step:] == keys[:-step]).nonzero()[:, 0]
-            for part in first.split(4096):
-                i, j = order[part], order[part + step]
-                sign = torch.where(flip[i] == flip[j], 1.0, -1.0).to(u.dtype)
-                r = (u[i] - sign * u[j]).square_().sum(1).sqrt_()
-                if r.numel() and float(r.min()) < rule.r_min:
-                    k = int(r.argmin())
-                    raise UsageError(_near_message(f"neurons {int(i[k])} and {int(j[k])}"))
+    seen = u @ lines
+    places = seen.unflatten(1, (_TABLES, _HASHES)).movedim(1, 0)
+    flips = places[..., 0] < 0 if rule.half_space else torch.zeros_like(places[..., 0], dtype=torch.bool)
+    cells = torch.where(flips[..., None], -places, places).div_(_WIDTH).floor_().long() & (2**_BITS - 1)
+    keys, order = (cells << _BITS * torch.arange(_HASHES, device=u.device)).sum(-1).sort()
+    found = []
+    for step in range(1, min(_NEIGHBORS, len(u) - 1) + 1):
+        table, first = (keys[:, step:] == keys[:, :-step]).nonzero().unbind(1)
+        i, j = order[table, first], order[table, first + step]
+        sign = torch.where(flips[table, i] == flips[table, j], 1, -1)
+        # Of two at the distance r, the projections are r^2 times a chi-square apart, which exceeds 100 with 1e-11.
+        near = (seen[i] - sign[:, None] * seen[j]).square_().sum(1) < 100 * rule.r_min**2
+        found.append(torch.stack([i, j, sign])[:, near])
+    for i, j, sign in (part.unbind() for part in torch.cat(found, 1).split(_PAIRS, 1)):
+        r = (u[i] - sign[:, None] * u[j]).square_().sum(1).sqrt_()
+        if r.numel() and float(r.min()) < rule.r_min:
+            k = int(r.argmin())
+            raise UsageError(_near_message(f"neurons {int(i[k])} and {int(j[k])}"))
 
 
 def _near_message(who: str) -> str:

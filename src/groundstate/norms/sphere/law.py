@@ -60,7 +60,7 @@ class Law(NamedTuple):
         return (2 if self.half_space else 1) * self._at(math.pi / 2 if self.angular else math.sqrt(2))
 
     def _at(self, distance: float) -> float:
-        return float(potential(torch.tensor(distance, dtype=torch.float64), self.s))
+        return -math.log(distance) if self.s == 0 else distance**-self.s
 
 
 def law(
@@ -125,7 +125,7 @@ def _log_rows(x: Tensor) -> Tensor:
 
 
 def _full_space(c: Tensor, x: Tensor, y: Tensor, s: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    two = torch.tensor(2, dtype=c.dtype, device=c.device)
+    two = torch.full((), 2.0, dtype=c.dtype, device=c.device)
     r2 = torch.sub(two, c, alpha=2, out=c)
     if s == 0:
         return _log_rows(r2).mul_(-0.5), r2.reciprocal_() if gradient else x
@@ -140,7 +140,7 @@ def _full_space(c: Tensor, x: Tensor, y: Tensor, s: float, gradient: bool) -> tu
 
 
 def _half_space(c: Tensor, x: Tensor, y: Tensor, s: float, gradient: bool) -> tuple[Tensor, Tensor]:
-    one = torch.tensor(1, dtype=c.dtype, device=c.device)
+    one = torch.ones((), dtype=c.dtype, device=c.device)
     if s in (0, 2):
         a = torch.sub(one, torch.mul(c, c, out=x), out=x)  # r-^2 r+^2 = 4 (1 - c^2)
         if s == 0:

@@ -46,6 +46,11 @@ def rounds(players: int) -> list[list[tuple[int, int]]]:
     return made
 
 
+def serial(device: torch.device) -> bool:
+    """Returns whether `run` calls one task after another in the calling thread."""
+    return torch.get_num_threads() == 1 or device.type != "cpu"
+
+
 def run(
     task: Callable[..., object], games: Sequence[Game], device: torch.device, progress: Progress | None = None
 ) -> None:
@@ -57,7 +62,7 @@ def run(
         Whatever a task or the progress raises; games that had not begun by then are dropped.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or device.type != "cpu":
+    if serial(device):
         for k, (_, arguments) in enumerate(games, 1):
             task(*arguments)
             if progress is not None:

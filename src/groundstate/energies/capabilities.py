@@ -1,0 +1,149 @@
+"""What an energy may be able to do beyond its value and its gradient.
+
+Idea: the kinds of energies in `groundstate.energies.base` say what an energy is a function of; each class here is one
+capability that some have. Who uses it asks with ``isinstance``: `measure` shares decompositions between ``Spectral``
+energies, the `Regularizer` moves ``Proximable`` ones by their prox, and so on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from groundstate.energies.base import MatrixEnergy, NetworkEnergy
+
+
+class Spectral(ABC):
+    """A matrix energy that depends on the singular values only, so that several can share one decomposition."""
+
+    @abstractmethod
+    def of_singular_values(self, s: Tensor) -> Tensor:
+        """Returns E for singular values ``(*batch, r)`` in descending order, r = min(out, in); shape ``(*batch,)``."""
+
+
+class Evolving(ABC):
+    """A matrix energy that draws anew, or learns, at every step (projections, stale decompositions).
+
+    ``value`` and ``value_and_grad`` stay functions of the weight alone, for measuring; in training `step` is called
+    instead. What it keeps is a flat mapping of tensors per weight, so that it can be saved.
+    """
+
+    @abstractmethod
+    def remember(self, w: Tensor, probe: torch.Generator) -> dict[str, Tensor]:
+        """Returns what is kept of the weight ``w`` before the first step; shapes and names stay the same."""
+
+    @abstractmethod
+    def step(self, w: Tensor, memory: dict[str, Tensor], probe: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns ``(E, dE/dW)`` at one training step; may change the tensors of ``memory`` in place.
+
+        Args:
+            w: The weight, ``(*batch, out, in)``.
+            memory: What `remember` gave, and what the steps since made of it.
+            probe: Source of everything random in this step.
+        """
+
+
+class Anchored(ABC):
+    """A convex energy that one decomposition bounds everywhere: its gradient there then serves many steps.
+
+    With `Regularizer(gap=...)` a gradient is kept until the bounds, relative to one another, are further apart.
+    """
+
+    def bounded(self) -> bool:
+        """Whether it has bounds with its present options."""
+        return True
+
+    @abstractmethod
+    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Returns a subgradient for each weight, and what `bounds` needs.
+
+        Args:
+            weights: One ``(out, in)`` matrix for an energy of a weight, all layers for an energy of a network.
+            gap: Relative distance up to which the bounds will be used.
+        """
+
+    @abstractmethod
+    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
+        """Returns certified lower and upper bounds of E at ``weights``, a float64 tensor of two on their device.
+
+        The lower bound is never negative; NaN or infinity say that ``weights`` are not finite, or out of range.
+        """
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What an energy of a weight can be at all, for its shape.
+
+    Attributes:
+        floor: A lower bound that holds for every weight of that shape.
+        random: Its expected value at random directions; ``None`` where it is not finite.
+        how: Where the floor comes from.
+    """
+
+    floor: float
+    random: float | None
+    how: str
+
+
+class Grounded(ABC):
+    """A matrix energy whose ground state, or a certified lower bound of it, is known for every shape."""
+
+    @abstractmethod
+    def ground(self, rows: int, columns: int) -> Ground:
+        """Returns the reference values for weights of a shape.
+
+        Raises:
+            UsageError: there is none for this shape.
+        """
+
+
+class Proximable(ABC):
+    """Has a proximal map."""
+
+    @abstractmethod
+    def prox(self, w: Tensor, step: float) -> Tensor:
+        """Returns argmin_u step * E(u) + 1/2 ||u - w||_F^2, shape of ``w``."""
+
+
+class Dualizable(ABC):
+    """A norm with a known dual norm and linear minimization oracle."""
+
+    @abstractmethod
+    def dual(self, g: Tensor) -> Tensor:
+        """Returns the dual norm max over E(u) <= 1 of <g, u>, shape ``(*batch,)``."""
+
+    @abstractmethod
+    def lmo(self, g: Tensor) -> Tensor:
+        """Returns argmin over E(u) <= 1 of <g, u>, shape of ``g`` (zero where g is zero)."""
+
+
+class OfModule(ABC):
+    """A matrix energy that needs to know more of a weight than its entries."""
+
+    @abstractmethod
+    def for_module(self, module: nn.Module | None, shape: Sequence[int]) -> MatrixEnergy:
+        """Returns the energy that takes its place at a weight.
+
+        Args:
+            module: The owner of the weight; ``None`` where it is not known (stride 1, no groups are assumed).
+            shape: Of the parameter.
+
+        Raises:
+            UsageError: the module is none whose weight can be read.
+        """
+
+
+class OfModel(ABC):
+    """An energy that finds the weights it acts on in the model itself."""
+
+    @abstractmethod
+    def for_model(self, model: nn.Module) -> tuple[NetworkEnergy, list[tuple[str, nn.Parameter]]]:
+        """Returns the energy of a list of weights that takes its place, and the list, by canonical names.
+
+        Raises:
+            UsageError: the model has none of them.
+        """

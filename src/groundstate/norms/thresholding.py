@@ -1,0 +1,430 @@
+"""Singular value thresholding, and projections on nuclear and operator balls, without a full SVD where that pays.
+
+Idea: with W = U diag(s) V^T and a threshold t, only what lies above the threshold is needed::
+
+    SVT_t(W) = U diag((s - t)_+) V^T = W V_r diag(1 - t / s_r) V_r^T,   V_r: the eigenvectors of W^T W above t^2
+
+and W - SVT_t(W) is the projection on the operator ball of radius t (Moreau). Three routes give V_r: the SVD of W; the
+Gram matrix W^T W, all its eigenvalues but only the eigenvectors above t^2; or a block of vectors from a matrix nearby,
+improved by power steps. Rounding of the Gram matrix costs eps * s_1^2 / t, so that route is for t not far below s_1.
+
+A fast route proves its result, or the SVD takes over. Residuals R = W^T W V_r - V_r S_r^2 bound the error, because W is
+within |R S_r^-1| of a matrix with exactly these singular vectors, and thresholding does not expand distances. The rank
+is right if nothing lies within rounding of t and nothing above t was missed: the Gram matrix shows all eigenvalues; for
+a block V with Ritz values L and mu < t, mu^2 - Z^T Z, Z = W - W V V^T, must have a Cholesky factor, and then the Schur
+complement of W^T W - t^2 has no positive eigenvalue if ::
+
+    mu^2 + sum_(L_j < t^2) |R_j|^2 / (t^2 - L_j) < t^2
+
+Reference: J.-F. Cai, E. Candes, Z. Shen, "A singular value thresholding algorithm for matrix completion" (2010); B.
+Parlett, "The Symmetric Eigenvalue Problem" (1998), chapters 3 and 11.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from groundstate.errors import UsageError
+from groundstate.norms.gauges import project_capped
+from groundstate.norms.spectral import LinAlgError, assemble, prepare, svd
+
+Route = Literal["auto", "svd", "gram"]
+
+# Allowed error of a fast route, relative to the result (a float32 SVD errs by 1e-6 to 6e-6), or in eps * |s| of the
+# singular values kept, which is what the SVD itself cannot improve on.
+_TOLERANCE = {torch.float32: 8e-6, torch.float64: 1e-12}
+_FLOOR = 8.0
+# Rounding of a Gram matrix and of its eigenvalues, in eps * s_1^2; singular values so near t are left to the SVD.
+_ROUNDING = 16.0
+# Below these the SVD is as fast: smaller side, and m * n * min(m, n).
+_SMALLEST_SIDE, _SMALL = 48, 1e6
+_ASPECT = 0.7  # above this ratio of the sides a float64 Gram matrix is no faster than a float32 SVD
+_PROBES = 4
+# A block for the next matrix: how wide, at most what share of the smaller side, mu / t, and the most power steps.
+_OVERSAMPLING, _LARGEST_BLOCK, _MARGIN, _STEPS = 1.4, 0.36, 0.95, 4
+
+
+class _Found(NamedTuple):
+    """A thresholded tall matrix, and right vectors that span what survived and a little more (or None: too many)."""
+
+    result: Tensor
+    basis: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of a fast route, besides the threshold."""
+
+    clip: bool = False  # the result is W - SVT(W)
+    basis: bool = False  # a block for the next matrix
+
+    def allowed(self, dtype: torch.dtype, s: Tensor, t: float) -> float:
+        """Returns the error that a result with these singular values (above t, float64) may have."""
+        relative_to = t * math.sqrt(len(s)) if self.clip else float(torch.linalg.vector_norm(s - t))
+        floor = _FLOOR * torch.finfo(dtype).eps * float(torch.linalg.vector_norm(s))
+        return max(_TOLERANCE[dtype] * relative_to, floor)
+
+
+_PLAIN = _Request()
+
+
+def singular_value_threshold(w: Tensor, t: float, route: Route = "auto", subspace: Tensor | None = None) -> Tensor:
+    """Returns U diag((s - t)_+) V^T, the proximal map of t times the nuclear norm, without an autograd graph.
+
+    Args:
+        w: ``(*batch, m, n)``, any scale; m or n may be 0.
+        t: The threshold, finite and not negative.
+        route: ``"svd"``; ``"gram"``, the Gram matrix for any shape, and the SVD only where that cannot prove its
+            result; ``"auto"``, the same unless the matrix is small or nothing is gained.
+        subspace: What `threshold_with_subspace` returned for a matrix near w; not for a batch.
+
+    Returns:
+        The shape and dtype of w. Its rank, before it is rounded to half precision, is the number of singular values
+        above t.
+
+    Raises:
+        UsageError: an unknown route, a bad threshold, a subspace of the wrong shape, or not a real floating-point
+            matrix.
+        NonFiniteError: w holds NaN or infinity, or no decomposition converges.
+
+    Cost: one SVD; or a Gram matrix, its tridiagonal form and 4 m n r + 2 n^2 r flops for the r singular values that
+    survive (n the smaller side): a third of an SVD for large square matrices and small r, half of it for large r.
+
+    >>> singular_value_threshold(torch.diag(torch.tensor([3.0, 4.0])), 3.5)
+    tensor([[0.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+    return _threshold(w, t, route, subspace, _PLAIN)[0]
+
+
+def threshold_with_subspace(
+    w: Tensor, t: float, route: Route = "auto", subspace: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns `singular_value_threshold` and the subspace to pass with the next matrix, a little different from w.
+
+    Pays where few singular values survive, step after step, and others stay well below t; at any ratio of s_1 to t.
+
+    Returns:
+        ``(result, subspace)``: the subspace has orthonormal columns of the length of the smaller side. It is ``None``
+        for a batch, where nothing survives, and where so much survives that it would not help.
+
+    >>> w = torch.diag(torch.tensor([3.0, 4.0]))
+    >>> threshold_with_subspace(w, 5.0)
+    (tensor([[0., 0.],
+            [0., 0.]]), None)
+    """
+    return _threshold(w, t, route, subspace, _Request(basis=w.ndim == 2))
+
+
+def project_operator_ball(w: Tensor, radius: float, route: Route = "auto") -> Tensor:
+    """Returns the nearest matrix with singular values of at most ``radius``: U diag(min(s, radius)) V^T.
+
+    By Moreau's identity it is w - `singular_value_threshold` (w, radius); arguments, errors and cost are the same. The
+    largest singular value exceeds the radius by rounding at most, about 1e-5 of it in float32.
+
+    >>> project_operator_ball(torch.diag(torch.tensor([3.0, 4.0])), 3.5)
+    tensor([[3.0000, 0.0000],
+            [0.0000, 3.5000]])
+    """
+    _check(w, radius, "radius", route, None)
+    with torch.no_grad():
+        w = w.detach()
+        work, scale = prepare(w)
+        if w.numel() == 0 or _all_below(work, scale, radius):
+            return w.clone()
+        if radius == 0:
+            return torch.zeros_like(w)
+        found = _fast(work, scale, radius, route, None, _Request(clip=True))
+        if found is not None:
+            return _restored(work - found.result, scale, w)
+        u, s, vh = svd(w)
+        return assemble(u, s.double().clamp_max(radius), vh, w)
+
+
+def project_nuclear_ball(w: Tensor, radius: float, route: Route = "auto") -> Tensor:
+    """Returns the nearest matrix whose singular values sum to at most ``radius``: those lowered by one amount.
+
+    Arguments, errors and cost as of `singular_value_threshold`, with a radius in the place of the threshold.
+
+    >>> project_nuclear_ball(torch.diag(torch.tensor([3.0, 4.0])), 5.0)
+    tensor([[2., 0.],
+            [0., 3.]])
+    """
+    _check(w, radius, "radius", route, None)
+    with torch.no_grad():
+        w = w.detach()
+        work, scale = prepare(w)
+        if radius == 0 or w.numel() == 0:
+            return torch.zeros_like(w)
+        if _all_below(work, scale, radius / math.sqrt(min(w.shape[-2:]))):
+            return w.clone()
+        if route == "gram" or (route == "auto" and _worth_trying(work)):
+            found = _each(work, scale, lambda tall, one: _by_gram(tall, lambda s: _lowering(s, radius / one), None))
+            if found is not None:
+                return _restored(found.result, scale, w)
+        u, s, vh = svd(w)
+        s = s.double()
+        inside = s.sum(-1) <= radius
+        return torch.where(inside[..., None, None], w, assemble(u, project_capped(s, math.inf, radius), vh, w))
+
+
+def _threshold(
+    w: Tensor, t: float, route: Route, subspace: Tensor | None, request: _Request
+) -> tuple[Tensor, Tensor | None]:
+    _check(w, t, "threshold", route, subspace)
+    with torch.no_grad():
+        w = w.detach()
+        work, scale = prepare(w)
+        if t == 0 or w.numel() == 0:
+            return w.clone(), None
+        if _all_below(work, scale, t):
+            return torch.zeros_like(w), None
+        found = _fast(work, scale, t, route, subspace, request)
+        if found is not None:
+            return _restored(found.result, scale, w), found.basis
+        u, s, vh = svd(w)
+        lowered = (s.double() - t).clamp_min(0)
+        basis = None
+        if request.basis and (k := _width(int((lowered > 0).sum()), s.shape[-1])):
+            basis = u[:, :k] if w.shape[0] < w.shape[1] else vh[:k].mT
+        return assemble(u, lowered, vh, w), basis
+
+
+def _check(w: Tensor, t: float, name: str, route: Route, subspace: Tensor | None) -> None:
+    if not 0 <= t < math.inf:
+        raise UsageError(f"the {name} must be finite and not negative, got {t!r}")
+    if route not in ("auto", "svd", "gram"):
+        raise UsageError(f"route must be 'auto', 'svd' or 'gram', got {route!r}")
+    if subspace is None:
+        return
+    if w.ndim != 2 or subspace.ndim != 2 or subspace.shape[0] != min(w.shape) or subspace.shape[1] > min(w.shape):
+        raise UsageError(
+            f"a subspace for a matrix of shape {tuple(w.shape)} has as many rows as its smaller side and no more "
+            f"columns (batches take none), got {tuple(subspace.shape)}: pass what `threshold_with_subspace` returned"
+        )
+
+
+def _all_below(work: Tensor, scale: Tensor | None, t: float) -> bool:
+    """Whether the Frobenius norms, which bound all singular values, are at most t."""
+    size = torch.linalg.vector_norm(work.double(), dim=(-2, -1), keepdim=True)
+    return bool((size * (1.0 if scale is None else scale) <= t).all())
+
+
+def _restored(result: Tensor, scale: Tensor | None, w: Tensor) -> Tensor:
+    return (result if scale is None else result * scale.to(result.dtype)).to(w.dtype)
+
+
+def _worth_trying(work: Tensor) -> bool:
+    small, large = sorted(work.shape[-2:])
+    return small >= _SMALLEST_SIDE and large * small**2 > _SMALL
+
+
+def _fast(
+    work: Tensor, scale: Tensor | None, t: float, route: Route, subspace: Tensor | None, request: _Request
+) -> _Found | None:
+    """Thresholds every matrix of a batch by a fast route, or returns ``None``."""
+    if route == "svd" or (route == "auto" and not _worth_trying(work)):
+        return None
+
+    def one(tall: Tensor, factor: float) -> _Found | None:
+        level = t / factor
+        if subspace is not None and subspace.shape[1]:
+            found = _carried(tall, level, subspace.to(tall), request)
+            if found is not None:
+                return found
+        return _by_gram(tall, lambda s: level, level, request)
+
+    return _each(work, scale, one)
+
+
+def _each(work: Tensor, scale: Tensor | None, one: Callable[[Tensor, float], _Found | None]) -> _Found | None:
+    """Calls ``one`` with every matrix of a batch, transposed where wide, and its scale; ``None`` if any gives that."""
+    m, n = work.shape[-2:]
+    flat = (work.mT if m < n else work).reshape(-1, max(m, n), min(m, n))
+    factors = [1.0] * len(flat) if scale is None else scale.flatten().tolist()
+    found: list[_Found] = []
+    for tall, factor in zip(flat, factors):
+        result = one(tall, factor)
+        if result is None:
+            return None
+        found.append(result)
+    stacked = torch.stack([x.result for x in found])
+    return _Found((stacked.mT if m < n else stacked).reshape(work.shape), found[0].basis)
+
+
+# The Gram matrix.
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """Returns W^T W, valid in its lower triangle at least; on the processor with half of the products."""
+    if tall.device.type != "cpu":
+        return tall.mT @ tall
+    from scipy.linalg import get_blas_funcs
+
+    array = tall.numpy()
+    by_columns = array.flags.f_contiguous
+    syrk = get_blas_funcs("syrk", dtype=array.dtype)
+    return torch.from_numpy(syrk(1.0, array if by_columns else array.T, trans=int(by_columns), lower=1))
+
+
+def _resolved(gram: Tensor, t: float) -> bool:
+    """Whether rounding leaves eigenvalues of the size t^2 intact; the largest is at least ||G||_F^2 / tr G."""
+    largest = float(torch.linalg.vector_norm(gram).square() / gram.diagonal().sum())
+    return t * t > _ROUNDING * torch.finfo(gram.dtype).eps * largest
+
+
+def _by_gram(
+    tall: Tensor, choose: Callable[[Tensor], float], least: float | None, request: _Request = _PLAIN
+) -> _Found | None:
+    """Thresholds by the eigenvectors of the Gram matrix, in float32 and, for tall matrices, in float64.
+
+    Args:
+        tall: ``(m, n)``, m >= n.
+        choose: Maps the singular values (float64, descending) to the threshold; 0 or less: no result.
+        least: A lower bound on the threshold, where there is one.
+        request: What else is asked for.
+    """
+    double_pays = tall.dtype == torch.float64 or tall.shape[-1] <= _ASPECT * tall.shape[-2]
+    for dtype in dict.fromkeys((tall.dtype, torch.float64)):
+        if dtype != tall.dtype and not double_pays:
+            return None
+        gram = _gram(tall.to(dtype))
+        if least is not None and not _resolved(gram, least):
+            continue
+        try:
+            lam, vectors = _eigenpairs(gram)
+        except LinAlgError:
+            continue
+        t = choose(lam.clamp_min(0).sqrt())
+        if t <= 0 or bool(((lam - t**2).abs() <= _ROUNDING * torch.finfo(dtype).eps * lam[0]).any()):
+            continue
+        r = int((lam > t**2).sum())
+        s = lam[:r].sqrt()
+        k = _width(r, len(lam)) if request.basis else 0
+        basis = vectors(max(k, r))
+        v = basis[:, :r]
+        if _probed_error(tall, v, s) <= request.allowed(tall.dtype, s, t):
+            v, basis = v.to(tall.dtype), basis.to(tall.dtype)
+            result = (tall @ v * (1 - t / s).to(tall.dtype)) @ v.mT
+            return _Found(result, basis if k else None)
+    return None
+
+
+def _eigenpairs(gram: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """Returns all eigenvalues (float64, descending), and a function that gives the leading k eigenvectors.
+
+    On the processor: tridiagonal form, divide and conquer, and Householder reflections of the vectors asked for only,
+    which is where most of the time of an ``eigh`` goes.
+    """
+    if gram.device.type != "cpu":
+        lam, v = torch.linalg.eigh(gram)
+        v = v.flip(1)
+        return lam.flip(0).double(), lambda k: v[:, :k]
+    import numpy
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    n = len(gram)
+    reduce, size, solve, reflect = get_lapack_funcs(
+        ("sytrd", "sytrd_lwork", "stevd", "ormqr"), dtype=gram.numpy().dtype
+    )
+    factor, diagonal, beside, tau, _ = reduce(gram.numpy(), lower=1, lwork=int(size(n, lower=1)[0]))
+    lam, z, failed = solve(diagonal, beside)
+    if failed:
+        raise LinAlgError(f"the eigenvalues of a Gram matrix of size {n} do not converge")
+
+    def leading(k: int) -> Tensor:
+        v = numpy.array(z[:, n - k :], order="F")
+        if k and n > 1:
+            reflectors = numpy.asfortranarray(factor[1:, :-1])
+            v[1:] = reflect("L", "N", reflectors, tau, numpy.asfortranarray(v[1:]), 64 * k)[0]
+        return torch.from_numpy(v).flip(1)
+
+    return torch.from_numpy(lam).flip(0).double(), leading
+
+
+def _probed_error(tall: Tensor, v: Tensor, s: Tensor) -> float:
+    """Returns ||(W^T W V - V S^2) S^-1||_F, in float64, by its product with random signs: its mean square is exact.
+
+    The derivative of W V (1 - t / S) V^T by the Gram matrix has entries below 1 / s_i and, for the transposed pair,
+    1 / (2 s_i): the factor sqrt(5 / 4).
+    """
+    if not len(s):
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    signs = (2 * torch.randint(0, 2, (len(s), _PROBES), generator=generator, dtype=torch.float64) - 1).to(s.device)
+    v = v.double()
+    x = v @ (signs / s[:, None])
+    wide = tall.double()
+    residual = wide.mT @ (wide @ x) - v @ (signs * s[:, None])
+    return math.sqrt(1.25 / _PROBES) * float(torch.linalg.vector_norm(residual))
+
+
+def _lowering(s: Tensor, total: float) -> float:
+    """Returns by how much nonnegative numbers are lowered until they sum to the total; 0 or less: by nothing."""
+    if float(s.sum()) <= total:
+        return 0.0
+    return float(s[0] - project_capped(s, math.inf, total)[0])
+
+
+def _width(r: int, n: int) -> int:
+    """Returns how many leading vectors, of r that survive and n in all, serve for the next matrix; 0: none do."""
+    k = int(_OVERSAMPLING * r) + 8
+    return k if r > 0 and k <= _LARGEST_BLOCK * n else 0
+
+
+# A block of vectors from a matrix nearby.
+
+
+def _carried(tall: Tensor, t: float, y: Tensor, request: _Request) -> _Found | None:
+    """Thresholds by a block of vectors and power steps of W; at any ratio of s_1 to t."""
+    edge, eps = (_MARGIN * t) ** 2, torch.finfo(tall.dtype).eps
+    previous = math.inf
+    for _ in range(_STEPS):
+        q = _orthonormal(y)
+        u, s, zh = torch.linalg.svd(tall @ q, full_matrices=False)
+        v, y = q @ zh.mT, tall.mT @ u
+        residual = torch.linalg.vector_norm(y - v * s, dim=0).double() * s.double()
+        lam = s.double().square()
+        r, k = int((s > t).sum()), int((lam > edge).sum())
+        error = _turned(lam[:r], residual[:r], t, edge)
+        if error <= request.allowed(tall.dtype, s[:r].double(), t):
+            gap = (lam[:k] - t**2).abs()
+            rounding = _ROUNDING * eps * float(s[0]) * t
+            missed = edge + rounding + float((residual[r:k].square() / gap[r:]).sum())
+            if bool((gap <= rounding).any()) or missed >= t**2:
+                return None
+            if not _bounded(tall - (u[:, :k] * s[:k]) @ v[:, :k].mT, edge):
+                return None
+            return _Found((u[:, :r] * (s[:r].double() - t).to(s.dtype)) @ v[:, :r].mT, v if r else None)
+        if error > previous / 2:
+            return None
+        previous = error
+    return None
+
+
+def _turned(lam: Tensor, residual: Tensor, t: float, rest: float) -> float:
+    """Returns a bound (of first order) on the error of a thresholded matrix.
+
+    A residual e_i = |R_i| / s_i to one side turns the pair of s_i and of an x <= sqrt(rest) off the block, and the
+    result by e_i (s_i - t) (s_i^2 + x^2)^(1/2) / (s_i^2 - x^2).
+    """
+    s = lam.sqrt()
+    return float(torch.linalg.vector_norm(residual / s * (s - t) * (lam + rest).sqrt() / (lam - rest)))
+
+
+def _bounded(z: Tensor, edge: float) -> bool:
+    """Whether the singular values of z are at most sqrt(edge), by a Cholesky factor of edge - Z^T Z."""
+    gram = _gram(z).neg_()
+    gram.diagonal().add_(edge)
+    return int(torch.linalg.cholesky_ex(gram).info) == 0
+
+
+def _orthonormal(y: Tensor) -> Tensor:
+    size = torch.linalg.vector_norm(y, dim=0)
+    return torch.linalg.qr(y / torch.where(size > 0, size, 1.0)).Q
