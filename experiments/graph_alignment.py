@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,7 +159,7 @@ def alignment(layers: Sequence[Tensor], seed: int) -> dict[str, Any]:
     return {
         "norms": norms,
         "ratio": ratio(layers),
-        "chance": float(np.mean([ratio(m) for m in turned])),
+        "chance": fmean(ratio(m) for m in turned),
         "floor": max(sum(norms[::2]), sum(norms[1::2])) / total,
         "cosines": cosines(layers),
         "cosines_chance": np.mean([cosines(m) for m in turned], axis=0).tolist(),
@@ -267,16 +268,12 @@ def outcome(key: str, split: int = 1) -> Callable[[dict[str, Any]], float]:
     return lambda r: 100 * r["outcomes"][key][split]
 
 
-def rank_one(key: str) -> Callable[[dict[str, Any]], float]:
-    return lambda r: float(np.mean(r[key]))
-
-
 MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "E / (2 sum of norms)": lambda r: r["ratio"],
     "by chance": lambda r: r["chance"],
     "chance less found": lambda r: r["chance"] - r["ratio"],
-    "cosine": rank_one("cosines"),
-    "by chance ": rank_one("cosines_chance"),
+    "cosine": lambda r: fmean(r["cosines"]),
+    "by chance ": lambda r: fmean(r["cosines_chance"]),
 }
 
 
@@ -302,7 +299,7 @@ def trained(runs: Runs) -> str:
             layers = ", ".join(f"{n:.0f}" for n in np.mean([r["norms"] for r in own], axis=0))
             name = kind if kind == "none" else f"{kind} {strength:g}"
             measured = [plus_minus([MEASURES[m](r) for r in own], 3) for m in ("E / (2 sum of norms)", "by chance")]
-            cosines = [f"{np.mean([MEASURES[m](r) for r in own]):.2f}" for m in ("cosine", "by chance ")]
+            cosines = [f"{fmean(MEASURES[m](r) for r in own):.2f}" for m in ("cosine", "by chance ")]
             accuracies = [plus_minus([outcome("accuracy", s)(r) for r in own]) for s in (0, 1)]
             norms = plus_minus([total(r) for r in own], 1)
             rows.append([name, norms, layers, *measured, *cosines, *accuracies, f"{len(own)}"])
@@ -311,32 +308,30 @@ def trained(runs: Runs) -> str:
 
 
 def equal_norms(runs: Runs) -> str:
-    """Returns every outcome of the nuclear norm, and the difference of the graph energy to it, at equal norms."""
+    """Returns alignment and outcomes of the nuclear norm, and the differences of the graph energy to it."""
     graph, nuclear = curves(runs, "graph"), curves(runs, "nuclear")
     if len(graph.keys() & nuclear.keys()) < 2:
         return "fewer than two seeds are whole"
     points = common(graph, nuclear)
-    readers = {**{k: (v, 3) for k, v in MEASURES.items() if k[0] in "Ec"}}
-    readers |= {key: (outcome(key), 2) for key in runs[0]["outcomes"]}
-    pairs = {
-        key: [
-            paired({s: c.at(p, read) for s, c in graph.items()}, {s: c.at(p, read) for s, c in nuclear.items()})
-            for p in points
-        ]
-        for key, (read, _) in readers.items()
-    }
-    tested = [p for key in runs[0]["outcomes"] for p in pairs[key]]
-    corrected = iter(adjust(tested))
+    keys = list(runs[0]["outcomes"])
+    readers = MEASURES | {key: outcome(key) for key in keys}
+    pairs, means = {}, {}
+    for key, read in readers.items():
+        a, b = ({s: [c.at(p, read) for p in points] for s, c in kind.items()} for kind in (graph, nuclear))
+        pairs[key] = [paired({s: v[i] for s, v in a.items()}, {s: v[i] for s, v in b.items()}) for i in range(POINTS)]
+        means[key] = paired({s: fmean(v) for s, v in a.items()}, {s: fmean(v) for s, v in b.items()})
+    corrected = iter(adjust([p for key in keys for p in pairs[key]]))
+    pairs |= {key: [next(corrected) for _ in points] for key in keys}
+    means |= dict(zip(keys, adjust([means[key] for key in keys])))
     rows = []
-    for key, (read, digits) in readers.items():
-        own = [next(corrected) for _ in points] if key in runs[0]["outcomes"] else pairs[key]
-        cells = []
-        for point, pair in zip(points, own):
-            level, _ = mean_std([nuclear[s].at(point, read) for s in nuclear])
+    for key, read in readers.items():
+        cells, digits = [], 2 if key in keys else 3
+        for point, pair in zip(points, pairs[key]):
+            level = fmean(c.at(point, read) for c in nuclear.values())
             cells += [f"{level:.{digits}f}", difference(pair, digits)]
-        rows.append([key, *cells])
+        rows.append([key, *cells, difference(means[key], digits)])
     header = [cell for p in points for cell in (f"nuclear at {p:.0f}", "graph less nuclear")]
-    return table(["", *header], rows)
+    return table(["", *header, "mean of the four"], rows)
 
 
 def best(runs: Runs, kind: str, key: str) -> tuple[float, dict[int, float]]:
@@ -345,7 +340,7 @@ def best(runs: Runs, kind: str, key: str) -> tuple[float, dict[int, float]]:
     for strength in STRENGTHS[kind]:
         own = [r for r in runs if (r["kind"], r["strength"]) == (kind, strength)]
         if own:
-            means[strength] = mean_std([outcome(key, 0)(r) for r in own])[0]
+            means[strength] = fmean(outcome(key, 0)(r) for r in own)
     chosen = max(means, key=means.__getitem__)
     return chosen, {r["seed"]: outcome(key)(r) for r in runs if (r["kind"], r["strength"]) == (kind, chosen)}
 

@@ -45,7 +45,7 @@ from groundstate.training.order import batch_order, keyed
 
 SMALL, LARGE = (784, 128, 128, 10), (784, 512, 512, 10)
 FIRST, STEPS, FEWER = 200, 400, 120  # the steps of a trajectory; fewer of the large network
-BATCH, JUDGED = 128, 100
+BATCH, JUDGED, ROUNDS = 128, 100, 15
 PERIODS = (1, 2, 3, 5, 8, 12, 20, 35, 60)
 OLDEST, NEVER = 20, 10**9  # follows with one basis
 GAPS = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -140,9 +140,6 @@ def largest(skew: Tensor) -> float:
     return float(x.norm())
 
 
-# ---------------------------------------------------------------------- trajectories
-
-
 class Case(NamedTuple):
     """A training whose weights are followed."""
 
@@ -230,8 +227,7 @@ class Columns(Nuclear):
 
 def kept(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], gap: float, energy: Nuclear) -> dict[str, Any]:
     """Returns the same of the library's kept gradients, and their counts; the gaps are to the exact norm."""
-    rows, columns = weights[0].shape
-    model = nn.Linear(columns, rows, bias=False)
+    model = nn.Linear(*reversed(weights[0].shape), bias=False)
     reg = gs.Regularizer(model, energy, gap=gap)
     errors, gaps = [], []
     for step, w in enumerate(weights):
@@ -251,19 +247,17 @@ def kept(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], gap: flo
 def spread(values: list[float]) -> dict[str, float]:
     """Returns mean, median, 90 % and maximum."""
     ordered = sorted(values)
-    tenth = ordered[min(int(0.9 * len(ordered)), len(ordered) - 1)]
     mean, median = statistics.fmean(ordered), statistics.median(ordered)
-    return {"mean": mean, "median": median, "p90": tenth, "max": ordered[-1]}
+    return {"mean": mean, "median": median, "p90": ordered[int(0.9 * len(ordered))], "max": ordered[-1]}
 
 
 KEPT = {"kept": Nuclear(), "kept, columns": Columns()}
 METHODS = {"stale": (0, PERIODS), "tracked": (OLDEST, PERIODS[:7]), "tracked, one basis": (NEVER, (1, 2, 5))}
 
 
-def prices(weights: list[Tensor], rounds: int) -> dict[str, float]:
+def prices(weights: list[Tensor]) -> dict[str, float]:
     """Returns the milliseconds of each operation: medians, in turns, of the processor time of one thread."""
-    middle = len(weights) // 2
-    before, w = weights[middle - 1], weights[middle]
+    before, w = weights[len(weights) // 2 - 1 :][:2]
     at, held = anchor(w, 0.01), Tracked()
     held.decompose(before)
     q = held.q
@@ -283,7 +277,7 @@ def prices(weights: list[Tensor], rounds: int) -> dict[str, float]:
     }
     repeats = range(4 if len(w) <= 128 else 1)
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, function in functions.items():
             start = time.thread_time()
             for _ in repeats:
@@ -292,7 +286,7 @@ def prices(weights: list[Tensor], rounds: int) -> dict[str, float]:
     return {name: statistics.median(of) for name, of in taken.items()}
 
 
-def followed(weights: list[Tensor], rounds: int) -> dict[str, Any]:
+def followed(weights: list[Tensor]) -> dict[str, Any]:
     """Runs every method on one weight."""
     chosen = torch.randperm(len(weights), generator=torch.Generator().manual_seed(keyed(0, "judged")))
     exact = {int(i): reference(weights[int(i)]) for i in chosen[: JUDGED if weights[0].shape[0] < 500 else JUDGED // 4]}
@@ -301,11 +295,11 @@ def followed(weights: list[Tensor], rounds: int) -> dict[str, Any]:
         for every in periods:
             held = Tracked(oldest)
             figures = judged(weights, exact, factors(weights, every, held))
-            counts = {"refreshes": held.decompositions, "follows": held.follows, "refused": held.refused}
-            rows.append({"method": name, "every": every, **figures, **counts})
+            figures |= {"refreshes": held.decompositions, "follows": held.follows, "refused": held.refused}
+            rows.append({"method": name, "every": every, **figures})
     for name, gap in [(n, g) for n in KEPT for g in GAPS]:
         rows.append({"method": name, "every": gap, **kept(weights, exact, gap, KEPT[name])})
-    return {"prices": prices(weights, rounds), "steps": len(weights), "rows": rows}
+    return {"prices": prices(weights), "steps": len(weights), "rows": rows}
 
 
 def reference(w: Tensor) -> tuple[Tensor, float]:
@@ -320,17 +314,15 @@ def reference(w: Tensor) -> tuple[Tensor, float]:
 def milliseconds(row: dict[str, Any], case: dict[str, Any]) -> float:
     """Returns the time per step: operations by the price of the fastest way that serves; refused follows are cheap."""
     p = case["prices"]
-    ways = ("polar", "svd") if row["method"] == "stale" else ("anchor", "decompose")
-    renewed = p["anchor"] if "looks" in row else min(p[way] for way in ways)
+    renewed = min(p["polar"], p["svd"]) if row["method"] == "stale" else min(p["anchor"], p["decompose"])
     made = row["refreshes"] * renewed + row.get("looks", 0) * p["bounds"] + row.get("follows", 0) * p["follow"]
     return made / case["steps"]
 
 
 def at_cost(rows: list[dict[str, Any]], ms: float, what: str, which: str) -> float:
     """Returns the error of staleness at a cost, between periods by powers; 0 where every step can be exact."""
-    points = sorted((r["ms"], r[what][which]) for r in rows if r["method"] == "stale" and r["every"] > 1)
-    exact = min(r["ms"] for r in rows if r["method"] == "stale" and r["every"] == 1)
-    if ms >= exact:
+    *points, exact = sorted((r["ms"], r[what][which]) for r in rows if r["method"] == "stale")
+    if ms >= exact[0]:
         return 0.0
     below = max((p for p in points if p[0] <= ms), default=points[0])
     above = min((p for p in points if p[0] >= ms), default=points[-1])
@@ -345,10 +337,8 @@ def rows_of(case: dict[str, Any]) -> list[list[str]]:
     found = []
     for r in case["rows"]:
         name = f"{r['method']}, {'gap' if r['every'] < 1 else 'every'} {r['every']:g}"
-        ratios = ""
-        if r["method"].startswith("tracked"):
-            told = [(r["error"][k], at_cost(case["rows"], r["ms"], "error", k)) for k in JUDGING]
-            ratios = ", ".join(f"{a / b:.2f}" if b else "exact" for a, b in told)
+        told = [(r["error"][k], at_cost(case["rows"], r["ms"], "error", k)) for k in JUDGING if "refused" in r]
+        ratios = ", ".join(f"{a / b:.2f}" if b else "exact" for a, b in told if r["method"] != "stale")
         figures = [f"{r[w][k]:.1e}" for w in ("error", "gap") for k in SHOWN]
         counts = [str(r.get("refreshes", "")), str(r.get("follows", r.get("looks", "")))]
         found.append([name, f"{r['ms']:.3f}", *figures, *counts, ratios])
@@ -369,17 +359,8 @@ def verdicts(cases: list[dict[str, Any]]) -> str:
         failed = sum(r["refused"] for r in tracking) / max(1, sum(r["follows"] for r in tracking))
         units = [f"{p[k] / p['product']:.1f}" for k in ("follow", "anchor", "polar", "svd")]
         lines.append([c["name"], f"{p['product']:.2f}", *units, f"{100 * failed:.0f} %", *cells])
-    header = [
-        "product, ms",
-        "follow",
-        "anchor",
-        "polar",
-        "SVD",
-        "refused",
-        *(f"error: {k}" for k in JUDGING),
-        "gap: mean",
-    ]
-    return table(["", *header], lines)
+    header = ["product, ms", "follow", "anchor", "polar", "SVD", "refused"]
+    return table(["", *header, *(f"error: {k}" for k in JUDGING), "gap: mean"], lines)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -397,7 +378,6 @@ def report(result: dict[str, Any]) -> str:
 def main() -> None:
     """Runs what is not there yet, saving after every weight, and prints the tables."""
     parser = argparse.ArgumentParser(description="is a tracked polar factor better than one renewed now and then")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS / "tracked_polar.json")
     parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
     options = parser.parse_args()
@@ -411,7 +391,7 @@ def main() -> None:
         recorded = record(case) if waiting else {}
         for shape, name in waiting.items():
             print(name, flush=True)
-            result["cases"].append({"name": name, **followed(recorded[shape], options.rounds)})
+            result["cases"].append({"name": name, **followed(recorded[shape])})
             save_json(options.out, result)
     print(report(result))
 

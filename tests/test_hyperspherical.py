@@ -142,6 +142,21 @@ def test_random_projections_keep_cosines_up_to_the_law() -> None:
     assert abs(float(error.mean())) < 0.02
 
 
+@pytest.mark.parametrize("shape", [(6, 40), (3, 6, 40)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_all_projections_at_once_are_their_mean(shape: tuple[int, ...], count: int) -> None:
+    w = normal(*shape, seed=5)
+    energy = CompressiveHypersphericalEnergy(dimensions=9, count=count)
+    value, grad = energy.step(w, {}, torch.Generator().manual_seed(3))
+    leaf = w.clone().requires_grad_()
+    drawn = torch.randn((count, 9, 40), generator=torch.Generator().manual_seed(3)).double()
+    one = HypersphericalEnergy(s=2, half_space=True)
+    mean = torch.stack([one.value(leaf @ p.mT) for p in drawn]).mean(0)
+    torch.testing.assert_close(value, mean.detach(), rtol=1e-12, atol=0)  # rounding of float64
+    torch.testing.assert_close(grad, torch.autograd.grad(mean.sum(), leaf)[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(energy.value(w), energy.value_and_grad(w)[0], rtol=1e-12, atol=0)
+
+
 def test_projections_are_drawn_anew_at_every_step_and_measured_the_same() -> None:
     model = nn.Sequential(nn.Linear(80, 12), nn.ReLU(), nn.Linear(12, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

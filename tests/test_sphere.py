@@ -338,6 +338,19 @@ def test_games_of_a_player_keep_their_order() -> None:
     assert all(numbers == sorted(numbers) for numbers in order.values())
 
 
+def test_one_block_is_the_same_with_and_without_threads(threads: None) -> None:
+    w = gaussian(3, 20, 9, dtype=torch.float32)
+    w[1, 4] = 2 * w[1, 7]  # a duplicate
+    seen: list[tuple[int, int]] = []
+    made = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found = sphere.energy_and_grad(w, 2, half_space=True, progress=lambda *done: seen.append(done))
+        made.append([*found, sphere.duplicates(w)])
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+    assert seen == [(1, 1), (1, 1)]
+
+
 # ------------------------------------------------------------------------------------------------------- near pairs
 
 

@@ -109,6 +109,22 @@ def test_moments_leave_little_to_sample() -> None:
                 assert abs(float(m.value - exact)) < 5 * float(m.standard_error) + rounding
 
 
+def test_rows_are_chosen_by_the_dimension() -> None:
+    for d, rows in ((16, 256), (128, 128), (600, 32)):
+        w = gaussian(700, d)
+        made, asked = estimate(w, 1, generator=generator(3)), estimate(w, 1, rows=rows, generator=generator(3))
+        assert torch.equal(made.value, asked.value)
+        assert torch.equal(made.standard_error, asked.standard_error)
+
+
+def test_few_rows_are_enough_in_many_dimensions() -> None:
+    w = gaussian(3000, 512, dtype=torch.float32)
+    for s in (0, 1, 2):
+        exact = sphere.energy(w.double(), s)
+        # 1e-5 is asked for; the standard error is 1e-6.
+        assert all(error(estimate(w, s, generator=generator(k)).value, exact) < 1e-5 for k in range(3))
+
+
 def test_row_sums_add_up_to_all_pairs() -> None:
     w = gaussian(BLOCK + 9, 5)
     of, rule = directions(w[None], F64), law(2, True)

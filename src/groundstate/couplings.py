@@ -24,7 +24,6 @@ from groundstate.energies.base import (
     is_number,
 )
 from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule, Proximable
-from groundstate.energies.graph import GraphEnergy
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.layers import ordered_layers
 
@@ -161,7 +160,7 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
         raise UsageError(
             f"{energy!r} needs the batch: write '{term.strength:g}*{energy!r}@loss' and add reg.loss(x, y)"
         )
-    if isinstance(energy, OfModel | GraphEnergy):
+    if isinstance(energy, OfModel):
         energy, named = energy.for_model(model)
         blocks = [Block(name, parameter) for name, parameter in named]
     elif isinstance(energy, NetworkEnergy):

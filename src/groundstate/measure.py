@@ -203,7 +203,7 @@ def _of_several(
         UsageError: all are absent, and nothing else is asked for.
     """
     network = {k: e for k, e in energies.items() if isinstance(e, NetworkEnergy)}
-    of_model = {k: e for k, e in energies.items() if isinstance(e, OfModel)}
+    of_model = {k: e for k, e in energies.items() if isinstance(e, OfModel) and k not in network}
     limit = MAX_GRAPH_NODES if everything else None
     found, notes = _network(tensors, rows, network, limit) if network else ({}, [])
     more, absent = _of_model(tensors.model, of_model)
@@ -296,30 +296,54 @@ def _totals(rows: list[Row], energies: Iterable[str]) -> dict[str, float]:
 def _network(
     tensors: TensorList, rows: list[Row], energies: Mapping[str, NetworkEnergy], limit: int | None
 ) -> tuple[dict[str, float], list[str]]:
-    """Returns the network energies, or the notes that say why they are absent."""
-    names = ", ".join(energies)
-    try:
-        layers, notes = _ordered(tensors, rows)
-    except UsageError as error:
-        return {}, [f"{names}: {error}"]
-    widths = [layers[0].shape[1], *(w.shape[0] for w in layers)]
-    nodes = min(sum(widths[::2]), sum(widths[1::2]))
-    if limit is not None and nodes > limit:
-        return {}, [f"{names}: left out, an eigenproblem of {nodes} nodes is slow; ask for it by name"]
-    return {k: float(e.value(layers)) for k, e in energies.items()}, [f"{names}: {n}" for n in notes]
+    """Returns the network energies, and notes: why they are absent, or what their order was taken from."""
+    values: dict[str, float] = {}
+    notes: list[str] = []
+    for key, energy in energies.items():
+        try:
+            placed, layers, told = _placed(energy, tensors, rows)
+        except UsageError as error:
+            notes.append(f"{key}: {error}")
+            continue
+        widths = [layers[0].shape[1], *(w.shape[0] for w in layers)]
+        nodes = min(sum(widths[::2]), sum(widths[1::2]))
+        if limit is not None and nodes > limit:
+            notes.append(f"{key}: left out, an eigenproblem of {nodes} nodes is slow; ask for it by name")
+            continue
+        values[key] = float(placed.value(layers))
+        notes += [f"{key}: {n}" for n in told]
+    return values, notes
+
+
+def _placed(
+    energy: NetworkEnergy, tensors: TensorList, rows: list[Row]
+) -> tuple[NetworkEnergy, list[Tensor], list[str]]:
+    """Returns the energy that acts on the layers, the layers, and notes."""
+    if tensors.model is None or not isinstance(energy, OfModel):
+        return energy, *_ordered(tensors, rows)
+    _refuse_broken(rows)
+    placed, named = energy.for_model(tensors.model)
+    return placed, _present(named), []
+
+
+def _refuse_broken(rows: list[Row]) -> None:
+    if broken := [r.name for r in rows if r.status == "non-finite"]:
+        raise UsageError(f"the weights of {broken[0]!r} are not finite")
+
+
+def _present(named: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
+    layers = list(named)
+    if meta := [name for name, p in layers if p.is_meta]:
+        raise UsageError(f"the weight {meta[0]!r} is on the meta device: it has no data")
+    return [p.detach() for _, p in layers]
 
 
 def _ordered(tensors: TensorList, rows: list[Row]) -> tuple[list[Tensor], list[str]]:
-    broken = [r.name for r in rows if r.status == "non-finite"]
-    if broken:
-        raise UsageError(f"the weights of {broken[0]!r} are not finite")
+    _refuse_broken(rows)
     if tensors.model is not None:
         from groundstate.layers import ordered_layers
 
-        layers = ordered_layers(tensors.model)
-        if meta := [name for name, p in layers if p.is_meta]:
-            raise UsageError(f"the weight {meta[0]!r} is on the meta device: it has no data")
-        return [p.detach() for _, p in layers], []
+        return _present(ordered_layers(tensors.model)), []
     order = sorted((r for r in rows if len(r.shape) >= 2 and r.status != "alias"), key=lambda r: natural_key(r.name))
     found = [re.fullmatch(r"(.*?)(\d+)\.weight", r.name) for r in order]
     chained = all(len(r.shape) == 2 and r.status == "analyzed" for r in order) and all(

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from groundstate import __version__
-from groundstate.cli import compare, compress, energies, measure, report, train
+from groundstate.cli import bench, compare, compress, energies, measure, report, train
 from groundstate.cli.console import error_line, plain_warnings
 from groundstate.errors import GroundstateError, nearest
 
@@ -135,6 +135,7 @@ for _function in (
     compress.compress,
     energies.energies,
     report.report,
+    bench.bench,
 ):
     app.command()(_function)
 

@@ -25,14 +25,14 @@ from typing import ClassVar, Self
 from torch import Tensor, nn
 
 from groundstate.energies.base import NetworkEnergy, Traits, require
-from groundstate.energies.capabilities import Anchored
+from groundstate.energies.capabilities import Anchored, OfModel
 from groundstate.layers import network_graph
 from groundstate.norms import dag, graph
 from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
 
 
 @dataclass(frozen=True, repr=False)
-class GraphEnergy(NetworkEnergy, Anchored):
+class GraphEnergy(NetworkEnergy, Anchored, OfModel):
     """Energy of the layered graph: sum of |eigenvalues| of its adjacency.
 
     Invariant under relabeling the neurons of a layer and under changing the sign of a neuron (its incoming and outgoing

@@ -16,9 +16,15 @@ from torch import Tensor
 
 from groundstate.energies.base import Traits, is_whole, require
 from groundstate.energies.capabilities import Anchored
-from groundstate.energies.unitarily_invariant import SpectralNorm, SpectralProximable, UnitarilyInvariant
+from groundstate.energies.unitarily_invariant import (
+    SpectralNorm,
+    SpectralProximable,
+    UnitarilyInvariant,
+    require_step,
+)
 from groundstate.norms import anchor, gauges, k_support, log_det, spectral
 from groundstate.norms.polar import polar
+from groundstate.norms.thresholding import singular_value_threshold
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,6 +75,12 @@ class Nuclear(SpectralNorm, Anchored):
             return super().value_and_grad(w)
         q, value = polar(w)
         return value, q
+
+    def prox(self, w: Tensor, step: float) -> Tensor:
+        if self.smoothing > 0:
+            return super().prox(w, step)
+        require_step(step)
+        return singular_value_threshold(w, step)
 
     def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
         found = anchor.anchor(weights[0], gap, self.smoothing)._asdict()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from groundstate.norms.anchor import ROUNDING, SLACK, displacement
-from groundstate.norms.graph import energy_grad_and_spectrum, node_sizes
+from groundstate.norms.graph import energy_and_grad, node_sizes
 from groundstate.norms.spectral import prepare, working_dtype
 from groundstate.norms.staircase import staircase
 
@@ -38,7 +38,7 @@ def graph_anchor(layers: Sequence[Tensor], gap: float) -> tuple[list[Tensor], di
 
     Cost: that of `groundstate.norms.graph.energy_and_grad`, and one more ``eigh`` of the smaller color class.
     """
-    energy, grads, _ = energy_grad_and_spectrum(layers)
+    energy, grads = energy_and_grad(layers)
     with torch.no_grad():
         work = _working(layers)
         scaled = any(prepare(w)[1] is not None for w in work if bool(w.any()))

@@ -41,7 +41,7 @@ _ROUTES = get_args(Route)
 # Bounds on the estimated relative error of Q from one Gram matrix, also where singular values are asked for, and of
 # float64 matrices; then from polynomials.
 _TRUST, _TRUST_SPECTRUM, _TRUST_DOUBLE = 4e-4, 4e-5, 2e-11
-_TARGET, _TARGET_DOUBLE = 4e-4, 1e-13
+_TARGET = 4e-4
 # Traces of a Gram matrix between which no square in float32 leaves its range.
 _LOW, _HIGH = 2.0**-80, 2.0**80
 _PIVOT = 3e-4  # pivots that count as small, relative to a lower bound on the largest eigenvalue
@@ -90,8 +90,9 @@ def polar_and_spectrum(w: Tensor) -> tuple[Tensor, Tensor]:
         w: ``(*batch, m, n)``, any scale; m or n may be 0.
 
     Returns:
-        ``(q, s)``: q as `polar` gives it, s ``(*batch, min(m, n))`` in descending order, float64 for float64 and
-        float32 otherwise, each within about 1e-6 sigma_1 in float32; those that count as zero may be exactly 0. q is within 1e-4.
+        ``(q, s)``: q as `polar` gives it, in float32 mostly within 1e-4 of the exact one; s ``(*batch, min(m, n))`` in
+        descending order, float64 for float64 and float32 otherwise, there within about 1e-6 sigma_1. Singular values
+        that count as zero may be exactly 0.
 
     Raises:
         UsageError: not a real floating-point matrix.
@@ -128,7 +129,7 @@ def _careful(w: Tensor, route: Route, spectrum: bool) -> tuple[Tensor, Tensor, T
     small = route == "auto" and w.ndim > 2 and min(w.shape[-2:]) <= table.tiny
     if route == "svd" or (small and w.dtype == torch.float64):
         q, s = svd_polar(work, zero)
-    elif route == "double" or small:
+    elif small or (route == "double" and w.dtype != torch.float64):
         q, s = double_polar(work, zero) or svd_polar(work, zero)
     else:
         each = [_one(x, zero, route, spectrum) or svd_polar(x, zero) for x in work.reshape(-1, *work.shape[-2:])]
@@ -165,9 +166,9 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
         even = elongated and not spectrum and evenness >= table.even
     else:
         symmetric_product(rows, out=gram)
-    if even and route != "gram":
+    if even and not double and route in ("auto", "express"):
         gram[:half, half:] = gram[half:, :half].mT
-        z = inverse_root(gram, _TARGET_DOUBLE if double else _TARGET)
+        z = inverse_root(gram, _TARGET)
         if z is not None:
             return (w @ z if tall else z @ w), (z * gram).sum(dtype=torch.float64).to(w.dtype)[None]
     if double and not _promising(gram):

@@ -8,14 +8,15 @@ takes the interval [l, u] of the singular values to [1 - E, 1 + E]. The error of
 value at four points with alternating signs (Chebyshev), which `coefficients` finds by exchange (Remez). A tall matrix
 needs only its Gram matrix G: with symmetric factors P_1, P_2, ... that commute with G, Q = W P_1 P_2 ..., and each
 product costs n^3. Nobody knows the interval, so it is guessed: that of a random matrix whose G has the same first two
-moments (Marchenko and Pastur). **The residual decides** whether the guess was right: with ||R^2||_F^(1/2) a bound on
-every |1 - x^2|, the residual of a last step is known before it is made::
+moments (Marchenko and Pastur). **The residual decides** whether the guess was right. With r = ||R^2||_F^(1/2), a bound
+on every |1 - x^2|, that of the last step is known before it is made::
 
-    X (I + R / 2 + 3/8 R^2):                                    residual 5/8 R^3 + ...
+    X (I + R / 2 + 3/8 R^2):                                    residual 5/8 R^3 + ...  <= 5/8 r^3 + 3/8 r^4
     X (I + R / 2 + 3/8 R^2 + 5/16 R^3 + 35/128 R^4):            residual 63/128 R^5 + ...
 
-(Taylor's polynomials of (1 - r)^(-1/2); the coefficients of each residual are positive and add up to 1). Where it is
-not small the answer is that there is none.
+(Taylor's polynomials of (1 - r)^(-1/2); the coefficients of each residual are positive and add up to 1). The bound is
+too wide for the second, so there ||I - Z G Z||_F is estimated with a few vectors of signs: one missing direction alone
+would make it 1. Where it is not small the answer is that there is none.
 
 Reference: N. Amsel, D. Persson, C. Musco, R. Gower, "The Polar Express" (2025); N. Higham, "Functions of Matrices"
 (2008), section 8.3.
@@ -33,6 +34,8 @@ from groundstate.norms.polar_gram import fill_symmetric
 
 _FLAT = 0.999  # the exchange is ill-conditioned on shorter intervals, and Taylor's quintic as good
 _NARROWEST = 0.15  # least guess of sigma_n / sigma_1: below, one quintic leaves too large a residual for one more step
+_WIDEST = 0.3  # ||R^2||_F^(1/2) over n^(1/4), about the rms of |1 - x^2|, from which on one more step is not enough
+_PROBES = 8  # vectors that estimate the residual
 _HEADROOM = 1.03  # on the guess of the largest eigenvalue
 _SPLIT = 256  # a product known to be symmetric is made by blocks from this size on
 
@@ -110,7 +113,7 @@ def inverse_root(gram: Tensor, target: float) -> Tensor | None:
     """Returns G^(-1/2).
 
     Args:
-        gram: G, ``(n, n)``, symmetric, float32 or float64, of moderate scale.
+        gram: G, ``(n, n)``, symmetric, float32, of moderate scale.
         target: For the error relative to the norm of the polar factor, ||I - G^(1/2) Z||_F / sqrt(n).
 
     Returns:
@@ -142,19 +145,27 @@ def inverse_root(gram: Tensor, target: float) -> Tensor | None:
     # The error of a singular value is at most half its residual, as that is small.
     bound = 2 * target * math.sqrt(n)
     if widest**3 * (0.625 + 0.375 * widest) <= bound:
-        last = residual.mul_(0.5).add_(square, alpha=0.375)
-    elif widest < 1:
-        last = _product(square, (5 / 16) * residual + (35 / 128) * square)
-        # |r|^3 <= |its eigenvalue| / (5/16 - 35/128 |r|) sharpens ||r||_4 to ||r||_6.
-        sharp = (float(torch.linalg.vector_norm(last)) / (5 / 16 - 35 / 128 * widest)) ** (1 / 3)
-        widest = min(widest, sharp)
-        if not widest**5 * (0.5 + 0.5 * widest) <= bound:
-            return None
-        last.add_(residual, alpha=0.5).add_(square, alpha=0.375)
-    else:
+        return _last(factor, residual.mul_(0.5).add_(square, alpha=0.375), top)
+    if not widest <= _WIDEST * n**0.25:
         return None
-    last.diagonal().add_(1)
-    return _product(factor, last).mul_(1 / math.sqrt(top))
+    last = _product(square, (5 / 16) * residual + (35 / 128) * square)
+    z = _last(factor, last.add_(residual, alpha=0.5).add_(square, alpha=0.375), top)
+    signs = _signs(n).to(gram)
+    left = torch.linalg.vector_norm(signs - z @ (gram @ (z @ signs)))
+    return z if float(left) <= bound * math.sqrt(_PROBES) else None
+
+
+def _last(factor: Tensor, series: Tensor, top: float) -> Tensor:
+    """factor (I + series) / sqrt(top), for commuting symmetric matrices."""
+    series.diagonal().add_(1)
+    return _product(factor, series).mul_(1 / math.sqrt(top))
+
+
+@lru_cache(maxsize=16)
+def _signs(n: int) -> Tensor:
+    """Columns of signs without structure: those of cos(k j^2), the same in every call."""
+    j = torch.arange(1, n + 1, dtype=torch.float64)[:, None]
+    return (j * j * torch.arange(1, _PROBES + 1, dtype=torch.float64)).cos().sign()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

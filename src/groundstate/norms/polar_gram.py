@@ -29,6 +29,7 @@ from groundstate.norms.spectral import LinAlgError, svd
 # digits are left, and the column that belongs to them has noise of a tenth of a percent to be made orthogonal.
 _SMALLEST_RATIO = 1e-4
 _NOISE = 4.0  # eigenvalues below this times eps, relative to the largest, say nothing but that they are small
+_TRUST_PRODUCT = 1e-3  # on eps * sigma_1 * rms(1 / sigma_i), about three times the error of a product W Z in float32
 _LONG = 32  # small singular values from which on it pays to find out before whether all are zero
 _SPLIT, _HALVES = 128, 768  # sizes from which on a symmetric product is made by blocks, and by blocks of blocks
 _WORTH = 40_000  # entries of a factor from which on that pays
@@ -116,30 +117,42 @@ def split_polar(w: Tensor, gram: Tensor, zero: float, trust: float) -> tuple[Ten
         found = _rest(image, across, zero * top**0.5, trust if easy else None)
         if found is None:
             return None
-        root, rest = found
+        root, rest, amplified = found
+        if eps * (top * amplified / len(lam)) ** 0.5 > _TRUST_PRODUCT:
+            return double_polar(w, zero)
         z.addmm_(torch.addmm(small, z, across, alpha=-1) @ root, small.mT)
         s = torch.cat((rest, s))
     return (w @ z if tall else z.mT @ w), s
 
 
-def _rest(p: Tensor, c: Tensor, bound: float, trust: float | None) -> tuple[Tensor, Tensor] | None:
-    """(B^T B)^(-1/2) without the singular values up to a bound, and all of them, for B^T B = P^T P - C^T C.
+def _rest(p: Tensor, c: Tensor, bound: float, trust: float | None) -> tuple[Tensor, Tensor, float] | None:
+    """(B^T B)^(-1/2), the singular values of B, and the sum of 1 / sigma^2 over those above a bound.
 
-    In float64 without a bound ``trust`` on the error.
+    B^T B is P^T P - C^T C, in float64 without a bound ``trust`` on the error.
     """
     left, right = (p, c) if trust else (p.double(), c.double())
     gram = torch.addmm(left.mT @ left, right.mT, right, alpha=-1)
     if len(gram) > _LONG and float(gram.trace()) <= bound * bound:  # no singular value is above the norm
-        return torch.zeros_like(gram, dtype=p.dtype), p.new_zeros(len(gram))
+        return torch.zeros_like(gram, dtype=p.dtype), p.new_zeros(len(gram)), 0.0
     try:
         lam, v = torch.linalg.eigh(gram)
     except LinAlgError:
         return None
-    values = lam.tolist()  # numbers in a list are faster than short vectors
+    values = lam.tolist()
     if trust and not trust * values[0] > 2 * torch.finfo(p.dtype).eps * values[-1]:
         return _rest(p, c, bound, None)
-    half = v.mul_(lam.new_tensor([x**-0.25 if x > bound * bound else 0.0 for x in values]))
-    return (half @ half.mT).to(p.dtype), p.new_tensor([x**0.5 if x > 0 else 0.0 for x in values])
+    z, s, amplified = _inverse_root(values, v, bound * bound)
+    return z.to(p.dtype), p.new_tensor(s), amplified
+
+
+def _inverse_root(values: list[float], v: Tensor, bound: float) -> tuple[Tensor, list[float], float]:
+    """V diag(lambda^(-1/2)) V^T and the sum of 1 / lambda for those above the bound; the roots of all lambda.
+
+    Numbers in a list are faster than short vectors.
+    """
+    inverse = [1 / x if x > bound else 0.0 for x in values]
+    half = v.mul_(v.new_tensor([x**0.25 for x in inverse]))
+    return half @ half.mT, [x**0.5 if x > 0 else 0.0 for x in values], sum(inverse)
 
 
 def _small(lam: Tensor, trust: float) -> tuple[int, float]:
@@ -165,7 +178,6 @@ def double_polar(w: Tensor, zero: float) -> tuple[Tensor, Tensor] | None:
     """The same as `split_polar` for float32 matrices, ``(*batch, m, n)``, by a Gram matrix in float64.
 
     That keeps singular values down to 1e-7 sigma_1, so all that count up to dimensions of 1e5, and needs no split.
-    float64 matrices are treated as well as a Gram matrix can.
 
     >>> double_polar(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), 1e-6)
     (tensor([[0., 1.],
@@ -177,10 +189,19 @@ def double_polar(w: Tensor, zero: float) -> tuple[Tensor, Tensor] | None:
         lam, v = torch.linalg.eigh(symmetric_product(work.mT if tall else work))
     except LinAlgError:
         return None
-    roots = torch.where(lam > lam[..., -1:] * zero**2, lam, torch.inf).pow_(-0.25)
-    half = v.mul_(roots[..., None, :])
-    z = (half @ half.mT).to(w.dtype)
-    return (w @ z if tall else z @ w), lam.clamp_min_(0).sqrt_().to(w.dtype)
+    if lam.ndim == 1:
+        values = lam.tolist()
+        z, s, amplified = _inverse_root(values, v, max(values[-1], 0.0) * zero**2)
+        s, error = w.new_tensor(s), (values[-1] * amplified / len(values)) ** 0.5
+    else:
+        inverse = torch.where(lam > lam[..., -1:] * zero**2, lam, torch.inf).reciprocal_()
+        error = float((lam[..., -1] * inverse.mean(-1)).max()) ** 0.5
+        half = v.mul_(inverse.pow_(0.25)[..., None, :])
+        z, s = half @ half.mT, lam.clamp_min_(0).sqrt_().to(w.dtype)
+    if torch.finfo(w.dtype).eps * error <= _TRUST_PRODUCT:
+        z = z.to(w.dtype)
+        return (w @ z if tall else z @ w), s
+    return (work @ z if tall else z @ work).to(w.dtype), s
 
 
 def svd_polar(w: Tensor, zero: float) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from groundstate.errors import UsageError
+from groundstate.norms.eigenvectors import eigenpairs, gram
 from groundstate.norms.gauges import project_capped
 from groundstate.norms.spectral import LinAlgError, assemble, prepare, svd
 
@@ -171,7 +172,7 @@ def project_nuclear_ball(w: Tensor, radius: float, route: Route = "auto") -> Ten
         u, s, vh = svd(w)
         s = s.double()
         inside = s.sum(-1) <= radius
-        return torch.where(inside[..., None, None], w, assemble(u, project_capped(s, math.inf, radius), vh, w))
+        return torch.where(inside[..., None, None], w, assemble(u, project_capped(s, float(s.max()), radius), vh, w))
 
 
 def _threshold(
@@ -234,6 +235,8 @@ def _fast(
 
     def one(tall: Tensor, factor: float) -> _Found | None:
         level = t / factor
+        if float(torch.linalg.vector_norm(tall)) <= level:
+            return _Found(torch.zeros_like(tall), None)
         if subspace is not None and subspace.shape[1]:
             found = _carried(tall, level, subspace.to(tall), request)
             if found is not None:
@@ -261,22 +264,10 @@ def _each(work: Tensor, scale: Tensor | None, one: Callable[[Tensor, float], _Fo
 # The Gram matrix.
 
 
-def _gram(tall: Tensor) -> Tensor:
-    """Returns W^T W, valid in its lower triangle at least; on the processor with half of the products."""
-    if tall.device.type != "cpu":
-        return tall.mT @ tall
-    from scipy.linalg import get_blas_funcs
-
-    array = tall.numpy()
-    by_columns = array.flags.f_contiguous
-    syrk = get_blas_funcs("syrk", dtype=array.dtype)
-    return torch.from_numpy(syrk(1.0, array if by_columns else array.T, trans=int(by_columns), lower=1))
-
-
-def _resolved(gram: Tensor, t: float) -> bool:
+def _resolved(g: Tensor, t: float) -> bool:
     """Whether rounding leaves eigenvalues of the size t^2 intact; the largest is at least ||G||_F^2 / tr G."""
-    largest = float(torch.linalg.vector_norm(gram).square() / gram.diagonal().sum())
-    return t * t > _ROUNDING * torch.finfo(gram.dtype).eps * largest
+    largest = float(torch.linalg.vector_norm(g)) ** 2 / float(g.diagonal().sum())
+    return t * t > _ROUNDING * torch.finfo(g.dtype).eps * largest
 
 
 def _by_gram(
@@ -294,58 +285,27 @@ def _by_gram(
     for dtype in dict.fromkeys((tall.dtype, torch.float64)):
         if dtype != tall.dtype and not double_pays:
             return None
-        gram = _gram(tall.to(dtype))
-        if least is not None and not _resolved(gram, least):
+        g = gram(tall.to(dtype))
+        if least is not None and not _resolved(g, least):
             continue
         try:
-            lam, vectors = _eigenpairs(gram)
+            lam, leading = eigenpairs(g)
         except LinAlgError:
             continue
+        lam = lam.double()
         t = choose(lam.clamp_min(0).sqrt())
         if t <= 0 or bool(((lam - t**2).abs() <= _ROUNDING * torch.finfo(dtype).eps * lam[0]).any()):
             continue
         r = int((lam > t**2).sum())
         s = lam[:r].sqrt()
         k = _width(r, len(lam)) if request.basis else 0
-        basis = vectors(max(k, r))
+        basis = leading(max(k, r))
         v = basis[:, :r]
         if _probed_error(tall, v, s) <= request.allowed(tall.dtype, s, t):
             v, basis = v.to(tall.dtype), basis.to(tall.dtype)
             result = (tall @ v * (1 - t / s).to(tall.dtype)) @ v.mT
             return _Found(result, basis if k else None)
     return None
-
-
-def _eigenpairs(gram: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Returns all eigenvalues (float64, descending), and a function that gives the leading k eigenvectors.
-
-    On the processor: tridiagonal form, divide and conquer, and Householder reflections of the vectors asked for only,
-    which is where most of the time of an ``eigh`` goes.
-    """
-    if gram.device.type != "cpu":
-        lam, v = torch.linalg.eigh(gram)
-        v = v.flip(1)
-        return lam.flip(0).double(), lambda k: v[:, :k]
-    import numpy
-    from scipy.linalg.lapack import get_lapack_funcs
-
-    n = len(gram)
-    reduce, size, solve, reflect = get_lapack_funcs(
-        ("sytrd", "sytrd_lwork", "stevd", "ormqr"), dtype=gram.numpy().dtype
-    )
-    factor, diagonal, beside, tau, _ = reduce(gram.numpy(), lower=1, lwork=int(size(n, lower=1)[0]))
-    lam, z, failed = solve(diagonal, beside)
-    if failed:
-        raise LinAlgError(f"the eigenvalues of a Gram matrix of size {n} do not converge")
-
-    def leading(k: int) -> Tensor:
-        v = numpy.array(z[:, n - k :], order="F")
-        if k and n > 1:
-            reflectors = numpy.asfortranarray(factor[1:, :-1])
-            v[1:] = reflect("L", "N", reflectors, tau, numpy.asfortranarray(v[1:]), 64 * k)[0]
-        return torch.from_numpy(v).flip(1)
-
-    return torch.from_numpy(lam).flip(0).double(), leading
 
 
 def _probed_error(tall: Tensor, v: Tensor, s: Tensor) -> float:
@@ -369,7 +329,7 @@ def _lowering(s: Tensor, total: float) -> float:
     """Returns by how much nonnegative numbers are lowered until they sum to the total; 0 or less: by nothing."""
     if float(s.sum()) <= total:
         return 0.0
-    return float(s[0] - project_capped(s, math.inf, total)[0])
+    return float(s[0] - project_capped(s, float(s[0]), total)[0])
 
 
 def _width(r: int, n: int) -> int:
@@ -387,7 +347,10 @@ def _carried(tall: Tensor, t: float, y: Tensor, request: _Request) -> _Found | N
     previous = math.inf
     for _ in range(_STEPS):
         q = _orthonormal(y)
-        u, s, zh = torch.linalg.svd(tall @ q, full_matrices=False)
+        try:
+            u, s, zh = torch.linalg.svd(tall @ q, full_matrices=False)
+        except LinAlgError:
+            return None
         v, y = q @ zh.mT, tall.mT @ u
         residual = torch.linalg.vector_norm(y - v * s, dim=0).double() * s.double()
         lam = s.double().square()
@@ -401,7 +364,10 @@ def _carried(tall: Tensor, t: float, y: Tensor, request: _Request) -> _Found | N
                 return None
             if not _bounded(tall - (u[:, :k] * s[:k]) @ v[:, :k].mT, edge):
                 return None
-            return _Found((u[:, :r] * (s[:r].double() - t).to(s.dtype)) @ v[:, :r].mT, v if r else None)
+            return _Found(
+                (u[:, :r] * (s[:r].double() - t).to(s.dtype)) @ v[:, :r].mT,
+                v[:, : _width(r, len(v)) or None] if r else None,
+            )
         if error > previous / 2:
             return None
         previous = error
@@ -420,9 +386,9 @@ def _turned(lam: Tensor, residual: Tensor, t: float, rest: float) -> float:
 
 def _bounded(z: Tensor, edge: float) -> bool:
     """Whether the singular values of z are at most sqrt(edge), by a Cholesky factor of edge - Z^T Z."""
-    gram = _gram(z).neg_()
-    gram.diagonal().add_(edge)
-    return int(torch.linalg.cholesky_ex(gram).info) == 0
+    rest = gram(z).neg_()
+    rest.diagonal().add_(edge)
+    return int(torch.linalg.cholesky_ex(rest).info) == 0
 
 
 def _orthonormal(y: Tensor) -> Tensor:
