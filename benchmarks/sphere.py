@@ -164,7 +164,7 @@ def estimates(rounds: int) -> dict[str, Any]:
         calls: dict[str, Callable[[], object]] = {
             "exact": lambda s=s: blocked(w, s),
             "exact_value": lambda s=s: sphere.energy(w, s),
-            "estimate_256": lambda s=s: estimate(w, s, generator=draw),
+            "estimate_256": lambda s=s: estimate(w, s, rows=256, generator=draw),
             "estimate_32": lambda s=s: estimate(w, s, rows=32, generator=draw),
             "estimate_32_gradient": with_gradient,
             "sampled_256": lambda s=s: sampled(w, s, generator=draw),
@@ -173,7 +173,7 @@ def estimates(rounds: int) -> dict[str, Any]:
         errors = {
             f"largest_error_{name}": max(error(call().value, exact) for _ in range(10))
             for name, call in (
-                ("estimate_256", lambda s=s: estimate(w, s, generator=draw)),
+                ("estimate_256", lambda s=s: estimate(w, s, rows=256, generator=draw)),
                 ("estimate_32", lambda s=s: estimate(w, s, rows=32, generator=draw)),
                 ("sampled_256", lambda s=s: sampled(w, s, generator=draw)),
             )

@@ -85,9 +85,10 @@ def test_zero_neurons_are_left_out_and_stay() -> None:
     assert float(value) == pytest.approx(by_pairs(kept, 1.0), rel=1e-12)
     assert not grad[2].any()
     assert grad[0].any()
-    nothing, grad = HypersphericalEnergy().value_and_grad(torch.zeros(3, 4))
-    assert float(nothing) == 0.0
-    assert not grad.any()
+    for too_few in (torch.zeros(3, 4), torch.ones(1, 4)):
+        nothing, grad = HypersphericalEnergy().value_and_grad(too_few)
+        assert float(nothing) == 0.0
+        assert not grad.any()
 
 
 def test_gradients_are_orthogonal_to_their_neurons() -> None:

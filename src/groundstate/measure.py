@@ -83,7 +83,7 @@ def measure(
     evaluation = {} if data is None else _evaluate(tensors.model, *data)
     rows: list[Row] = []
     everything = isinstance(energies, str) and energies.strip() == "all"
-    output = None if tensors.model is None else last_linear(tensors.model)
+    output = _output(tensors)
     with torch.no_grad():
         for done, entry in enumerate(tensors.entries, 1):
             rows.append(_row(entry, matrix, entry.name == output, everything))
@@ -131,6 +131,18 @@ def _left_out(rows: list[Row], energies: Iterable[str]) -> list[str]:
     if broken := [r.name for r in rows if r.status == "non-finite"]:
         notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
     return notes
+
+
+def _output(tensors: TensorList) -> str | None:
+    """Returns the name of the weight of the last linear layer, where the order of the layers is known."""
+    if tensors.model is not None:
+        return last_linear(tensors.model)
+    weights = [
+        e.name
+        for e in tensors.entries
+        if e.read is not None and skip_reason(e.name, torch.empty(e.shape, device="meta")) is None
+    ]
+    return weights[-1] if tensors.chain and len(weights) > 1 else None
 
 
 def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool, quick: bool) -> Row:
@@ -183,15 +195,22 @@ def _at_module(energy: OfModule, entry: NamedTensor, matrices: Tensor) -> Matrix
 
 
 def _assumed(tensors: TensorList, rows: list[Row], energies: Mapping[str, MatrixEnergy]) -> list[str]:
-    """Returns what had to be assumed of convolutions that come without their modules."""
+    """Returns what had to be assumed of weights that come without their modules."""
+    if tensors.model is not None:
+        return []
+    notes = []
     keys = ", ".join(k for k, e in energies.items() if isinstance(e, OfModule))
     kernels = [r.name for r in rows if r.status == "analyzed" and len(r.shape) - (r.matrices > 1) > 2]
-    if not keys or not kernels or tensors.model is not None:
-        return []
-    return [
-        f"{keys}: strides, dilations and groups are not in the file, 1 is assumed for {', '.join(kernels[:3])}"
-        + (f" and {len(kernels) - 3} more" if len(kernels) > 3 else "")
-    ]
+    if keys and kernels:
+        more = f" and {len(kernels) - 3} more" if len(kernels) > 3 else ""
+        listed = ", ".join(kernels[:3]) + more
+        notes.append(f"{keys}: strides, dilations and groups are not in the file, 1 is assumed for {listed}")
+    keys = ", ".join(k for k, e in energies.items() if e.at_output() != e)
+    if keys and not tensors.chain:
+        notes.append(
+            f"{keys}: which weight is the last layer's, where another form acts, is not in the file: none has it"
+        )
+    return notes
 
 
 def _of_several(

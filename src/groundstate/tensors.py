@@ -57,11 +57,19 @@ class NamedTensor:
 
 @dataclass(frozen=True)
 class TensorList:
-    """Every tensor of a source, with what is worth knowing about the source."""
+    """Every tensor of a source, with what is worth knowing about the source.
+
+    Attributes:
+        entries: The tensors, in the order of the model (of a file: by name, numbers as numbers).
+        model: The module, where it is the source.
+        notes: What the reader should know.
+        chain: Whether the weights, in this order, are those of a plain chain of layers.
+    """
 
     entries: tuple[NamedTensor, ...]
     model: nn.Module | None = None
     notes: tuple[str, ...] = ()
+    chain: bool = False
 
 
 def open_tensors(source: nn.Module | Mapping[str, Any] | str | Path) -> TensorList:
@@ -235,7 +243,9 @@ def _of_folder(folder: Path) -> TensorList:
     if (folder / "run.json").is_file():
         checkpoint = newest_checkpoint(folder)
         return TensorList(
-            tuple(_natural(_of_safetensors([_weights_file(checkpoint)]))), notes=(f"weights of {checkpoint.name}",)
+            tuple(_natural(_of_safetensors([_weights_file(checkpoint)]))),
+            notes=(f"weights of {checkpoint.name}",),
+            chain=True,
         )
     if (folder / "MANIFEST.json").is_file():
         return TensorList(tuple(_natural(_of_safetensors([_weights_file(folder)]))))

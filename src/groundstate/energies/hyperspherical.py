@@ -126,7 +126,7 @@ def of_live(w: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple
         Its results, with ``(*batch,)`` in place of k.
     """
     nonzero = (w != 0).any(-1)
-    if bool(nonzero.all()):
+    if w.shape[-2] > 1 and bool(nonzero.all()):
         return compute(w)
     live = nonzero.sum(-1) > 1
     if bool(live.all()):
