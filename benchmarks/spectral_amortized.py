@@ -150,7 +150,7 @@ def amortized_cases(quick: bool = False) -> dict[str, Any]:
         "MLP nuclear": cost(mlp, teacher((784,), 128), "1e-4*nuclear", 0.1, 400 // k, 1000 // k),
         "MLP nuclear, strong": cost(mlp, teacher((784,), 128), "1e-3*nuclear", 0.1, 400 // k, 1000 // k),
         "MLP graph": cost(mlp, teacher((784,), 128), "1e-4*graph", 0.1, 400 // k, 1000 // k),
-        "transformer nuclear": cost(Transformer, teacher((65, 192), 32), "1e-5*nuclear", 0.02, 40 // k, 100 // k),
+        "transformer nuclear": cost(Transformer, teacher((65, 192), 32), "1e-5*nuclear", 0.002, 40 // k, 100 // k),
     }
 
 

@@ -7,8 +7,8 @@ same by the route that is taken by default. "initial" has the spectrum of Gaussi
 "decaying" falls from 1 to 1e-3, as training with the penalty makes it. The threshold lies halfway between two singular
 values, so that a sixteenth to all of them survive; below the smallest, where all do, it is half of that.
 
-"carried" is a step of training at low rank: n/16 or n/8 singular values between 1 and 0.3, noise a hundredth of that
-and a threshold that the noise stays below, far below what a float32 Gram matrix resolves; the subspace is that of the
+"carried" is a step of training at low rank: n/16 or n/8 singular values between 1 and 0.3, noise a thousandth of that
+and a threshold that the noise stays below, which a float32 Gram matrix does not resolve; the subspace is that of the
 matrix before the step. Errors are relative to a float64 SVD, "difference" is between the two routes.
 """
 
@@ -70,10 +70,10 @@ def carried(n: int, share: int, rounds: int) -> dict[str, Any]:
     """Times a step of training at low rank."""
     u, _, vh = decomposed(n, n)
     r = n // share
-    s = torch.cat([torch.linspace(1, 0.3, r), torch.linspace(3e-3, 0, n - r)]).double()
+    s = torch.cat([torch.linspace(1, 0.3, r), torch.linspace(3e-4, 0, n - r)]).double()
     before = u * s @ vh
-    moved = before + 1e-4 / n**0.5 * torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    t = 5e-3
+    moved = before + 1e-5 / n**0.5 * torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = 5e-4
     _, subspace = threshold_with_subspace(before.float(), t)
     return case(moved.float(), t, rounds, subspace)
 

@@ -241,15 +241,17 @@ def test_projections_leave_what_is_inside() -> None:
     assert torch.equal(project_nuclear_ball(both, 10.0)[1], w / 100)
 
 
-def test_a_clip_far_below_the_largest_singular_value() -> None:
-    s = torch.cat([torch.tensor([1e3]), torch.linspace(1, 0.1, 99)]).double()
-    w = with_spectrum(s, 300, 100).float()
-    for radius in (0.5, 0.05):
-        clip = project_operator_ball(w, radius)
-        expected = w.double() - exact(w, radius)
-        # The weights are rounded to eps * 1e3 = 6e-5, in a matrix of singular values up to the radius.
-        assert (clip - expected).norm() <= 1e-3
-        assert torch.linalg.svdvals(clip.double())[0] <= radius + 1e-3
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_clip_far_below_the_largest_singular_value(route: module.Route) -> None:
+    for top, count in ((1e3, 1), (100.0, 60), (20.0, 40)):
+        s = torch.cat([torch.full((count,), top), torch.linspace(1, 0.1, 100 - count)]).double()
+        for shape in ((300, 100), (100, 100)):
+            w = with_spectrum(s, *shape).float()
+            for radius in (0.999, 0.05):
+                clip = project_operator_ball(w, radius, route)
+                assert torch.linalg.svdvals(clip.double())[0] <= radius * (1 + 2e-5)
+                # The weights and the SVD round by eps * |s|, in a matrix of singular values up to the radius.
+                assert (clip - (w.double() - exact(w, radius))).norm() <= 1e-6 * s.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,7 @@
 Idea: a symmetric matrix becomes tridiagonal by Householder reflections, G = Q T Q^T; divide and conquer gives all
 eigenpairs of T = Z diag(lam) Z^T; eigenvectors of G are Q Z. The last product costs as much as the rest together, and
 is needed for some columns of Z only where some eigenvectors are. LAPACK's routines for a part of the spectrum find the
-vectors of T one by one instead, which is slower from an eighth of them on and loses orthogonality in clusters.
+vectors of T one by one instead, which is no faster from an eighth of them on and must mind clusters.
 
 Reference: J. Cuppen, "A divide and conquer method for the symmetric tridiagonal eigenproblem" (1981).
 """

@@ -7,8 +7,8 @@ Idea: several routes lead to Q and ||W||_* = tr H; which is fastest depends on t
 - ``double``: eigenvectors of a float64 Gram matrix of float32 weights (`polar_gram.double_polar`).
 - ``express``: polynomials of the Gram matrix (`polar_express`); tall, well-conditioned matrices.
 
-``auto`` predicts the fastest one from the shape and from the Gram matrix G of one half of the columns: from tr G and
-||G||_F, and, where these leave it open, from its Cholesky pivots. Each route knows what it cannot do; then
+``auto`` predicts the fastest one from the shape and from the Cholesky pivots of the Gram matrix of one half of the
+columns. Each route knows what it cannot do; then
 the next one follows, at last the SVD. So a wrong prediction costs time only, and `polar_table` holds the constants.
 Singular values that count as zero (`spectral.tolerance`, with the eps of the weights) get none of Q: the minimal-norm
 subgradient.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from groundstate.errors import UsageError
-from groundstate.norms.polar_express import inverse_root, moments
+from groundstate.norms.polar_express import inverse_root
 from groundstate.norms.polar_gram import (
     complete_symmetric,
     double_polar,
@@ -44,7 +44,7 @@ _TRUST, _TRUST_SPECTRUM, _TRUST_DOUBLE = 4e-4, 4e-5, 2e-11
 _TARGET = 4e-4
 # Traces of a Gram matrix between which no square in float32 leaves its range.
 _LOW, _HIGH = 2.0**-80, 2.0**80
-_PIVOT = 3e-4  # pivots that count as small, relative to a lower bound on the largest eigenvalue
+_PIVOT = 1e-3  # pivots that count as small, relative to the largest
 
 
 def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
@@ -57,8 +57,8 @@ def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
     Returns:
         ``(q, value)``: q of the shape and dtype of w, value ``(*batch,)``, float64 for float64 and float32 otherwise.
         In float32 q is within 1e-3 of the exact one, relative to its norm, or as good as the SVD where singular values
-        are so small that this is not; in float64 within 1e-10. The value is more accurate than q, mostly to 1e-6 in
-        float32.
+        are so small that this is not; in float64 within 1e-10. The value is more accurate than q: in float32 mostly to
+        1e-6, to 2e-5 at worst.
 
     Raises:
         UsageError: an unknown route, or not a real floating-point matrix.
@@ -126,10 +126,12 @@ def _careful(w: Tensor, route: Route, spectrum: bool) -> tuple[Tensor, Tensor, T
     if work.numel() == 0 or (scale is not None and not bool(work.any())):
         return torch.zeros_like(w), work.new_zeros(*w.shape[:-2], min(w.shape[-2:])), None
     table = constants(w.device.type)
-    small = route == "auto" and w.ndim > 2 and min(w.shape[-2:]) <= table.tiny
-    if route == "svd" or (small and w.dtype == torch.float64):
+    n, double, auto = min(w.shape[-2:]), w.dtype == torch.float64, route == "auto"
+    tiny = n <= table.tiny
+    elongated = n <= table.aspect * max(w.shape[-2:])
+    if route == "svd" or (auto and (double if tiny else not elongated and (double or n <= table.square))):
         q, s = svd_polar(work, zero)
-    elif small or (route == "double" and w.dtype != torch.float64):
+    elif (auto and tiny) or (route == "double" and not double):
         q, s = double_polar(work, zero) or svd_polar(work, zero)
     else:
         each = [_one(x, zero, route, spectrum) or svd_polar(x, zero) for x in work.reshape(-1, *work.shape[-2:])]
@@ -146,7 +148,7 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
     tall = w.shape[0] >= w.shape[1]
     rows = w.mT if tall else w
     n, table = len(rows), constants(w.device.type)
-    if route == "auto" and n <= table.tiny:
+    if route == "auto" and n <= max(table.tiny, 1):
         found = None if double else double_polar(w, zero)
         return found if found is not None and _LOW < float(found[1][-1]) ** 2 < _HIGH else None
     gram, half = w.new_empty(n, n), n // 2
@@ -154,18 +156,20 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
     even = True
     if route == "auto":
         elongated = n <= table.aspect * rows.shape[1]
-        if double and not elongated:
+        if not elongated and n <= table.square:
             return None
-        leading = symmetric_product(rows[:half], out=gram[:half, :half])
-        trace, norm, evenness = moments(leading)
-        if not _LOW < trace < _HIGH:
+        pivots = _pivots(symmetric_product(rows[:half], out=gram[:half, :half]))
+        most = max(pivots)
+        if not _LOW < sum(pivots) < _HIGH:
             return None
-        if evenness < table.uneven and _share_of_small(leading, norm * norm / trace) > table.small:
+        if sum(pivot < _PIVOT * most for pivot in pivots) > table.small * half:
             return double_polar(w, zero) if elongated and not double else svd_polar(w, zero)
         complete_symmetric(gram, rows)
-        even = elongated and not spectrum and evenness >= table.even
+        even = elongated and not spectrum and min(pivots) >= table.even * most
     else:
         symmetric_product(rows, out=gram)
+        if not _LOW < float(gram.trace()) < _HIGH:
+            return None
     if even and not double and route in ("auto", "express"):
         gram[:half, half:] = gram[half:, :half].mT
         z = inverse_root(gram, _TARGET)
@@ -177,24 +181,28 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
 
 
 def _promising(gram: Tensor) -> bool:
-    """Whether a float64 Gram matrix may be accurate enough: pivots bound the smallest eigenvalue from above."""
+    """Whether a float64 Gram matrix, its lower triangle, may be accurate enough.
+
+    The largest eigenvalue is at least ||G||_F^2 / tr G; the smallest is mostly below a tenth of the least pivot.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram)
+    largest = float(torch.linalg.vector_norm(gram.tril())) ** 2 / float(gram.trace())
     least = float(factor.diagonal().min()) ** 2
-    return not int(failed) and torch.finfo(gram.dtype).eps * float(gram.diagonal().max()) <= _TRUST_DOUBLE * least
+    return not int(failed) and torch.finfo(gram.dtype).eps * largest <= 0.1 * _TRUST_DOUBLE * least
 
 
-def _share_of_small(gram: Tensor, size: float) -> float:
-    """Share of small pivots in the Cholesky factor of a Gram matrix whose largest eigenvalue is about ``size``.
+def _pivots(gram: Tensor) -> list[float]:
+    """Squares of the diagonal of the Cholesky factor of a Gram matrix; zeros where rounding ends the factorization.
 
-    A pivot is the squared distance of a column of W from the span of those before it, so in half of the columns small
-    ones show up where more than half of all singular values are small.
+    A pivot is the squared distance of a column of W from the span of those before it. So those of half of the columns
+    are alike where the singular values are, and small ones show up where more than half of the singular values are.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):  # also where a single column is zero
         gram = gram.clone()
-        gram.diagonal().add_(0.1 * _PIVOT * size)
+        diagonal = gram.diagonal()
+        diagonal.add_(0.1 * _PIVOT * float(diagonal.max()))
         factor, failed = torch.linalg.cholesky_ex(gram)
         if int(failed):
-            return 1.0
-    least = (_PIVOT * size) ** 0.5
-    return sum(pivot < least for pivot in factor.diagonal().tolist()) / len(gram)
+            return [float(diagonal.max()), *[0.0] * (len(gram) - 1)]
+    return [x * x for x in factor.diagonal().tolist()]

@@ -99,16 +99,6 @@ def _divided(t: list[float], f: list[float]) -> list[float]:
     return f
 
 
-def moments(gram: Tensor) -> tuple[float, float, float]:
-    """Returns tr G, ||G||_F and the evenness (tr G)^2 / (n tr G^2) of a Gram matrix, NaN for a zero matrix.
-
-    >>> moments(torch.diag(torch.tensor([3.0, 4.0])))[:2]
-    (7.0, 5.0)
-    """
-    trace, norm = float(gram.trace()), float(torch.linalg.vector_norm(gram))
-    return trace, norm, (trace / norm) ** 2 / len(gram) if norm else math.nan
-
-
 def inverse_root(gram: Tensor, target: float) -> Tensor | None:
     """Returns G^(-1/2).
 
@@ -125,12 +115,11 @@ def inverse_root(gram: Tensor, target: float) -> Tensor | None:
     >>> z is not None and torch.allclose(z, torch.tensor([[0.5, 0.0], [0.0, 2 / 3]]), atol=1e-4)
     True
     """
-    trace, _, evenness = moments(gram)
     n = len(gram)
-    if not evenness > 0.5:
+    mean, norm = float(gram.trace()) / n, float(torch.linalg.vector_norm(gram))
+    if not norm * norm < 2 * n * mean * mean:
         return None
-    mean = trace / n
-    spread = math.sqrt(max(1 / evenness - 1, 0.0))
+    spread = math.sqrt(max(norm * norm / (n * mean * mean) - 1, 0.0))
     lower = (1 - spread) / (1 + spread)
     if lower < _NARROWEST:
         return None

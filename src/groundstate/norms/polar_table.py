@@ -29,17 +29,17 @@ class Constants(NamedTuple):
         aspect: Matrices with min(m, n) <= aspect * max(m, n) count as tall.
         tiny: Up to this min(m, n) float32 matrices, and batches of them together, go to float64 Gram matrices, which
             cost little more than float32 ones there; float64 matrices to the SVD.
-        even: Tall matrices go to the polynomials where the evenness (tr G)^2 / (k tr G^2) of the Gram matrix G of k,
-            half of their columns, is above this. It is 1 where all k singular values agree, 1 / (1 + k / m) for a
-            random matrix, and small where there are few large and many small ones.
-        uneven: Below this evenness the share of small singular values is predicted.
-        small: Above this share of pivots a tall matrix goes to a float64 Gram matrix, others to the SVD.
+        square: Up to this min(m, n) the others that are not tall go to the SVD.
+        even: Tall matrices go to the polynomials where the Cholesky pivots of the Gram matrix of half of their columns
+            are all above this times the largest. It is about 1 - n / m for a random matrix of n columns and m rows.
+        small: Where a larger share of the pivots is small a tall matrix goes to a float64 Gram matrix, others to the
+            SVD.
     """
 
     aspect: float = 0.7
     tiny: float = 48
-    even: float = 0.8
-    uneven: float = 0.45
+    square: float = 96
+    even: float = 0.6
     small: float = 0.1
 
 
