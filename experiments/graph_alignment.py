@@ -243,13 +243,13 @@ class Curve(NamedTuple):
 
 
 def curves(runs: Runs, kind: str) -> dict[int, Curve]:
-    """Returns a curve for each seed of which all strengths are there."""
+    """Returns a curve for each seed."""
     found: dict[int, Runs] = {}
     for r in runs:
         if r["kind"] == kind:
             found.setdefault(r["seed"], []).append(r)
-    whole = {seed: sorted(own, key=total) for seed, own in found.items() if len(own) == len(STRENGTHS[kind])}
-    return {seed: Curve(np.log([total(r) for r in own]), own) for seed, own in whole.items()}
+    ordered = {seed: sorted(own, key=total) for seed, own in found.items()}
+    return {seed: Curve(np.log([total(r) for r in own]), own) for seed, own in ordered.items()}
 
 
 def total(r: dict[str, Any]) -> float:
@@ -294,8 +294,6 @@ def trained(runs: Runs) -> str:
     for kind, strengths in STRENGTHS.items():
         for strength in strengths:
             own = [r for r in runs if (r["kind"], r["strength"]) == (kind, strength)]
-            if not own:
-                continue
             layers = ", ".join(f"{n:.0f}" for n in np.mean([r["norms"] for r in own], axis=0))
             name = kind if kind == "none" else f"{kind} {strength:g}"
             measured = [plus_minus([MEASURES[m](r) for r in own], 3) for m in ("E / (2 sum of norms)", "by chance")]
@@ -310,8 +308,6 @@ def trained(runs: Runs) -> str:
 def equal_norms(runs: Runs) -> str:
     """Returns alignment and outcomes of the nuclear norm, and the differences of the graph energy to it."""
     graph, nuclear = curves(runs, "graph"), curves(runs, "nuclear")
-    if len(graph.keys() & nuclear.keys()) < 2:
-        return "fewer than two seeds are whole"
     points = common(graph, nuclear)
     keys = list(runs[0]["outcomes"])
     readers = MEASURES | {key: outcome(key) for key in keys}
@@ -339,8 +335,7 @@ def best(runs: Runs, kind: str, key: str) -> tuple[float, dict[int, float]]:
     means = {}
     for strength in STRENGTHS[kind]:
         own = [r for r in runs if (r["kind"], r["strength"]) == (kind, strength)]
-        if own:
-            means[strength] = fmean(outcome(key, 0)(r) for r in own)
+        means[strength] = fmean(outcome(key, 0)(r) for r in own)
     chosen = max(means, key=means.__getitem__)
     return chosen, {r["seed"]: outcome(key)(r) for r in runs if (r["kind"], r["strength"]) == (kind, chosen)}
 
@@ -348,8 +343,6 @@ def best(runs: Runs, kind: str, key: str) -> tuple[float, dict[int, float]]:
 def at_best(runs: Runs) -> str:
     """Returns every outcome at the strength that validation data choose for it."""
     kinds, keys = list(STRENGTHS), list(runs[0]["outcomes"])
-    if any(not any(r["kind"] == kind for r in runs) for kind in kinds):
-        return "not all kinds are there"
     chosen = {key: {kind: best(runs, kind, key) for kind in kinds} for key in keys}
     contrasts = (("graph", "nuclear"), ("graph", "none"), ("nuclear", "none"))
     pairs = adjust([paired(chosen[key][a][1], chosen[key][b][1]) for key in keys for a, b in contrasts])
@@ -364,10 +357,11 @@ def at_best(runs: Runs) -> str:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """Returns all tables in Markdown."""
-    parts = []
+    """Returns all tables in Markdown, of the seeds whose runs are all there."""
+    parts, whole = [], sum(map(len, STRENGTHS.values()))
     for setting, title in TITLES.items():
-        runs = [r for r in result["runs"] if r["setting"] == setting]
+        own = [r for r in result["runs"] if r["setting"] == setting]
+        runs = [r for r in own if sum(o["seed"] == r["seed"] for o in own) == whole]
         if runs:
             parts += [f"## {title}", trained(runs), "At equal sums of layer norms:", equal_norms(runs)]
             parts += ["At the strength that is best on the validation data, for each line:", at_best(runs)]

@@ -26,7 +26,7 @@ from groundstate.norms.dag import Wiring
 
 _ADVICE = "pass the weight matrices [W_1, ..., W_L] as a list to choose the graph yourself"
 
-_EDGELESS = (
+EDGELESS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Softplus, nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold, nn.Sigmoid, nn.LogSigmoid,
     nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Identity, nn.Dropout, nn.AlphaDropout,
@@ -241,7 +241,7 @@ class _Chain:
             self.ended_by = where
         elif isinstance(module, _NORMALIZATIONS):
             _refuse(f"{where} rescales the neurons by factors that the weights do not show")
-        elif not isinstance(module, _EDGELESS):
+        elif not isinstance(module, EDGELESS):
             _refuse(f"{where} is neither linear nor elementwise")
         self.steps.append(Step(target, module, module if isinstance(module, nn.Linear) else None))
 

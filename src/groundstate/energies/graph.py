@@ -12,22 +12,26 @@ and reaches the right end only where W_{l+1} W_l = 0 at every hidden layer. So a
 the output directions of a layer with the input directions of the next: that is what it adds to the nuclear norm.
 
 Skip connections ``x + f(x)`` are edges of weight 1 from the neurons of x to those of the sum (`groundstate.norms.dag`).
+In a chain of convolutions the channels at all pixels are nodes, E is per pixel (`groundstate.norms.graph_conv`).
 
 Reference: I. Gutman, "The energy of a graph" (1978); V. Nikiforov, "The energy of graphs and matrices" (2007).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
-from groundstate.energies.base import NetworkEnergy, Traits, require
+from groundstate.energies.base import NetworkEnergy, Traits, is_whole, require
 from groundstate.energies.capabilities import Anchored, OfModel
+from groundstate.errors import UsageError
 from groundstate.layers import network_graph
-from groundstate.norms import dag, graph
+from groundstate.layers_conv import convolution_chain, has_convolution
+from groundstate.norms import dag, graph, graph_conv
 from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
 
 
@@ -75,7 +79,7 @@ class GraphEnergy(NetworkEnergy, Anchored, OfModel):
 
         Args:
             layers: W_1..W_L, W_l of shape ``(d_l, d_{l-1})``, or a model that `network_graph` can read, with or without
-                skip connections.
+                skip connections, or `convolution_chain`.
 
         Raises:
             UsageError: the layers do not fit one another, or the model cannot be read; the module is named.
@@ -99,11 +103,17 @@ class GraphEnergy(NetworkEnergy, Anchored, OfModel):
     def for_model(self, model: nn.Module) -> tuple[GraphEnergy, list[tuple[str, nn.Parameter]]]:
         """Returns the energy that takes its place on the weights of a model, and these weights, by canonical names.
 
-        That is itself for a chain of layers, and `WiredGraphEnergy` for a network with skip connections.
+        That is itself for a chain of layers, `WiredGraphEnergy` for a network with skip connections, and
+        `ConvolutionGraphEnergy` for a chain of convolutions.
 
         Raises:
-            UsageError: the model cannot be read; says which module or operation, and why.
+            UsageError: the model cannot be read; says which module or operation, and why. Convolutions with
+                ``absolute=True``.
         """
+        if has_convolution(model):
+            named, dilations = convolution_chain(model)
+            shapes = tuple(tuple(p.shape) for _, p in named)
+            return ConvolutionGraphEnergy(self.absolute, shapes, tuple(dilations)), named
         named, wiring = network_graph(model)
         return self if wiring.is_chain else WiredGraphEnergy(self.absolute, wiring), named
 
@@ -155,3 +165,60 @@ class WiredGraphEnergy(GraphEnergy):
 
     def bounded(self) -> bool:
         return False
+
+
+@dataclass(frozen=True, repr=False)
+class ConvolutionGraphEnergy(GraphEnergy):
+    """The graph energy per pixel of a chain of convolutions of stride 1, on a periodic image.
+
+    `GraphEnergy.for_model` makes it. It is written like the energy whose place it takes. Float32 kernels are computed
+    in float32.
+
+    Attributes:
+        shapes: Of the kernels, ``(out, in, *k)``: the weights may come as matrices.
+        dilations: Of every layer, one per axis.
+        size: Pixels of the image per axis, that is frequencies.
+
+    >>> import torch
+    >>> ConvolutionGraphEnergy(shapes=((1, 1, 2),), dilations=((1,),), size=2).value([torch.tensor([[1.0, 2.0]])])
+    tensor(4.)
+    """
+
+    shapes: tuple[tuple[int, ...], ...] = ((1, 1, 1),)
+    dilations: tuple[tuple[int, ...], ...] = ((1,),)
+    size: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not self.absolute, "the graph energy of convolutions has no absolute=True: leave it out")
+        require(is_whole(self.size, 1), f"size must be a whole number from 1, got {self.size!r}")
+
+    def __repr__(self) -> str:
+        return repr(GraphEnergy(self.absolute))
+
+    def for_model(self, model: nn.Module) -> tuple[GraphEnergy, list[tuple[str, nn.Parameter]]]:
+        """Returns what `GraphEnergy.for_model` does, with the size of this one."""
+        placed, named = super().for_model(model)
+        return replace(placed, size=self.size) if isinstance(placed, ConvolutionGraphEnergy) else placed, named
+
+    def value(self, layers: Sequence[Tensor] | nn.Module) -> Tensor:
+        """Returns E as of `GraphEnergy.value`; the layers are kernels, or matrices ``(out, in * prod(k))``."""
+        if isinstance(layers, nn.Module):
+            return super().value(layers)
+        return graph_conv.energy(self._kernels(layers), self.size, self.dilations)
+
+    def value_and_grad(self, layers: Sequence[Tensor] | nn.Module) -> tuple[Tensor, list[Tensor]]:
+        """Returns E and its gradients as of `GraphEnergy.value_and_grad`, in the shapes of the layers given."""
+        if isinstance(layers, nn.Module):
+            return super().value_and_grad(layers)
+        value, grads = graph_conv.energy_and_grad(self._kernels(layers), self.size, self.dilations)
+        return value, [g.reshape(w.shape) for g, w in zip(grads, layers, strict=True)]
+
+    def bounded(self) -> bool:
+        return False
+
+    def _kernels(self, layers: Sequence[Tensor]) -> list[Tensor]:
+        given = [tuple(w.shape) for w in layers]
+        if [w.numel() for w in layers] != [math.prod(shape) for shape in self.shapes]:
+            raise UsageError(f"expected the weights of kernels of shapes {list(self.shapes)}, got {given}")
+        return [w.reshape(shape) for w, shape in zip(layers, self.shapes, strict=True)]
