@@ -52,7 +52,7 @@ class Nuclear(SpectralNorm, Anchored):
     traits: ClassVar[Traits] = Traits(
         formula="sum_i sigma_i(W); smoothing=e: sum_i sqrt(sigma_i^2 + e^2) - e",
         reference="Fazel 2002; Cai, Candes and Shen 2010",
-        cost="one eigh of the smaller side (tall, wide) or one SVD (nearly square)",
+        cost="one eigh of the smaller side; an SVD where most singular values are small",
         convex=True,
         degree=1.0,
         invariances=("orthogonal", "permutation"),
