@@ -28,7 +28,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 bench: bench-function bench-sphere bench-spectral  ## speed, side by side, into benchmarks/results
-	for file in benchmarks/graph_energy.py benchmarks/loop_overhead.py benchmarks/nuclear.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks/loop_overhead.py
 
 bench-function: .venv/ready  ## energies of the function; DEVICE=cuda for a GPU
 	$(BIN)/python benchmarks/function.py --device $(DEVICE)
@@ -38,6 +38,7 @@ bench-sphere: .venv/ready  ## hyperspherical energies
 
 bench-spectral: .venv/ready  ## spectral energies, exact and amortized; DEVICE=cuda for a GPU
 	$(BIN)/python benchmarks/spectral.py --device $(DEVICE)
+	for file in spectral_amortized spectral_prox spectral_conv graph_energy; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -78,6 +78,11 @@ def watched() -> Iterator[list[str]]:
             setattr(module, name, route)
 
 
+def finished(call: Callable[[], object]) -> Callable[[], object]:
+    """Returns a function that waits for the device."""
+    return lambda: (call(), torch.cuda.synchronize())
+
+
 def weight(w: Tensor, rounds: int, threads: int) -> dict[str, Any]:
     """Times one weight and measures the error of the gradient."""
     leaf = w.clone().requires_grad_()
@@ -91,6 +96,7 @@ def weight(w: Tensor, rounds: int, threads: int) -> dict[str, Any]:
         q, value = polar(w)
     rounds = max(4, min(rounds, int(rounds * 2e7 / (w.numel() * min(w.shape)))))
     functions = {"naive": naive, "polar": lambda: polar(w), "svd": lambda: polar(w, "svd")}
+    functions = {name: finished(call) for name, call in functions.items()} if w.is_cuda else functions
     result = compare(functions, rounds, threads, warmup=1)
     median = {name: t["median"] for name, t in result["milliseconds"].items()}
     return {
@@ -145,16 +151,18 @@ class Training:
         return {**ratios, **result}
 
 
-def exact(wanted: Callable[[str], bool], rounds: int, threads: int) -> dict[str, Any]:
+def exact(wanted: Callable[[str], bool], rounds: int, threads: int, device: str) -> dict[str, Any]:
     """The rows of the section "exact"."""
     rows: dict[str, Any] = {}
     for m, n in SHAPES:
         for spectrum in SPECTRA:
             if wanted(name := f"{m}x{n} {spectrum}"):
-                rows[name] = weight(matrix(m, n, spectrum), rounds, threads)
+                rows[name] = weight(matrix(m, n, spectrum).to(device), rounds, threads)
     labels = {
         s: [f"trained {s} {shape}" for shape in ("128x784", "128x128", "10x128")] for s in ("initial", *STRENGTHS)
     }
+    if device != "cpu":
+        return rows  # the rows of trained weights are of the MLP on the CPU
     if not any(wanted(name) for s, names in labels.items() for name in [*names, f"step {s}"]):
         return rows
     try:
@@ -175,7 +183,7 @@ def exact(wanted: Callable[[str], bool], rounds: int, threads: int) -> dict[str,
     return rows
 
 
-SECTIONS: dict[str, Callable[[Callable[[str], bool], int, int], dict[str, Any]]] = {"exact": exact}
+SECTIONS: dict[str, Callable[[Callable[[str], bool], int, int, str], dict[str, Any]]] = {"exact": exact}
 
 
 def main() -> None:
@@ -185,14 +193,18 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=[""], help="texts, one of which the name of a row contains")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    path = RESULTS / "spectral.json"
+    file = "spectral" if options.device == "cpu" else f"spectral_{options.device}"
+    path = RESULTS / f"{file}.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     results.pop("machine", None)
     for name in options.section:
-        found = SECTIONS[name](lambda row: any(text in row for text in options.cases), options.rounds, options.threads)
+        found = SECTIONS[name](
+            lambda row: any(text in row for text in options.cases), options.rounds, options.threads, options.device
+        )
         results[name] = found if options.cases == [""] else {**results.get(name, {}), **found}
-    save("spectral", results)
+    save(file, results)
 
 
 if __name__ == "__main__":
