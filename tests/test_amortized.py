@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from groundstate import Regularizer
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms import graph
-from groundstate.norms.anchor import Anchor, anchor, bounds, displacement
+from groundstate.norms.anchor import Anchor, anchor, bounds
 from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
 
 MATRICES = 5000
@@ -45,7 +45,7 @@ def test_bounds_always_hold(dtype: torch.dtype) -> None:
         w0, e = hostile(draw, generator), draw.choice([0.0, 0.0, 0.1, 1e-3])
         size = w0.norm() / math.sqrt(w0.numel()) * draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
         w = (w0 + size * torch.randn(w0.shape, generator=generator, dtype=torch.float64)).to(dtype)
-        lower, upper = bounds(w, anchor(w0.to(dtype), draw.choice([0.001, 0.01, 0.2]), e)).tolist()
+        lower, upper = bounds(w, anchor(w0.to(dtype), e)).tolist()
         assert 0 <= lower <= smoothed_nuclear(w, e) <= upper
 
 
@@ -53,7 +53,7 @@ def test_bounds_always_hold(dtype: torch.dtype) -> None:
 def test_bounds_hold_at_real_size(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     w0 = torch.randn(shape, generator=generator)
-    found = anchor(w0, 0.01)
+    found = anchor(w0)
     for step in (0.0, 0.03):
         w = w0 + step * torch.randn(shape, generator=generator)
         lower, upper = bounds(w, found).tolist()
@@ -64,17 +64,17 @@ def test_bounds_hold_at_real_size(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_at_the_anchor_bounds_are_tight(smoothing: float) -> None:
     w = torch.randn(40, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = anchor(w, 0.01, smoothing)
+    found = anchor(w, smoothing)
     lower, upper = bounds(w, found).tolist()
     assert lower == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)  # float64 rounding
-    assert upper - lower <= 0.15 * 0.01 * lower * 1.001  # the share of the gap that is given away
+    assert upper - lower <= 1e-12 * lower  # the margin for rounding: 64 eps times 4 to 10
     assert float(found.value) == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)
 
 
 def test_the_gap_grows_as_the_square_of_the_distance() -> None:
     generator = torch.Generator().manual_seed(3)
     w, d = torch.randn(2, 60, 30, generator=generator, dtype=torch.float64)
-    found = anchor(w, 1e-9)  # nothing given away at the anchor
+    found = anchor(w)
     gaps = []
     for t in (1e-3, 2e-3):
         lower, upper = bounds(w + t * d, found).tolist()
@@ -82,23 +82,12 @@ def test_the_gap_grows_as_the_square_of_the_distance() -> None:
     assert gaps[1] / gaps[0] == pytest.approx(4, rel=0.02)  # terms of third order: 2e-3 of it, and more
 
 
-def test_displacement_spends_the_budget() -> None:
-    s = torch.rand(50, generator=torch.Generator().manual_seed(4), dtype=torch.float64).sort(descending=True).values
-
-    def cost(d: float) -> float:
-        m = torch.hypot(s, torch.tensor(d, dtype=torch.float64))
-        return float(((s**2 / m + m) / 2 - s).sum())
-
-    d = displacement(s, 0.1)
-    assert cost(d) <= 0.1 < cost(1.2 * d)  # d is on a grid of steps 2^(1/4) = 1.19
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e25])
 def test_zero_and_extreme_weights_are_renewed_at_every_step(scale: float) -> None:
     w = scale * torch.ones(4, 3)
-    found = anchor(w, 0.01)
+    found = anchor(w)
     assert bounds(w, found).tolist()[1] == math.inf
-    assert found.metric.numel() == 0
+    assert found.directions.numel() == 0
     assert bool(found.gradient.isfinite().all())
     assert float(found.value) == pytest.approx(scale * math.sqrt(12), rel=1e-6)
 
@@ -107,7 +96,7 @@ def test_bounds_of_half_precision() -> None:
     generator = torch.Generator().manual_seed(5)
     w0 = torch.randn(30, 20, generator=generator).bfloat16()
     w = (w0.float() + 0.02 * torch.randn(30, 20, generator=generator)).bfloat16()
-    found = anchor(w0, 0.01)
+    found = anchor(w0)
     # the gradient that acts is rounded to bfloat16, and the bound is that of the rounded one: 1/256 of it at most
     lower, upper = bounds(w, found).tolist()
     assert lower <= smoothed_nuclear(w, 0.0) * (1 + 1 / 256)
@@ -120,14 +109,14 @@ def test_graph_bounds_always_hold() -> None:
         sizes = [draw.randint(1, 20) for _ in range(draw.randint(2, 6))]
         dtype = draw.choice([torch.float32, torch.float64])
         layers = [torch.randn(b, a, generator=generator, dtype=dtype) for a, b in itertools.pairwise(sizes)]
-        gradients, memory = graph_anchor(layers, 0.01)
+        gradients, memory = graph_anchor(layers)
         size = draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
         moved = [w + size * torch.randn(w.shape, generator=generator, dtype=dtype) for w in layers]
         lower, upper = graph_bounds(moved, gradients, memory).tolist()
         exact = float(graph.energy([w.double() for w in moved]))
         assert 0 <= lower <= exact <= upper
         if size == 0:
-            assert upper - lower <= 0.01 * lower
+            assert upper - lower <= 1e-3 * lower  # eigenvectors of a float32 Gram matrix: sqrt(eps) sigma_1 each
 
 
 # ---------------------------------------------------------------------- in training
@@ -199,7 +188,7 @@ def test_renewals_are_spread_over_the_steps() -> None:
         together.append(sum(a.refreshes - b for a, b in zip(reg.wear()["nuclear"], before)))
     assert together[0] == 9
     assert max(together[1:]) <= 4
-    assert sum(together[50:]) > 20
+    assert sum(together[50:]) > 12
 
 
 def test_the_term_in_the_loss_is_the_same() -> None:
@@ -289,6 +278,6 @@ def test_other_terms_of_a_sum_act_as_ever() -> None:
 
 
 def test_an_anchor_is_a_flat_mapping_of_tensors() -> None:
-    found = anchor(torch.eye(3), 0.01)
+    found = anchor(torch.eye(3))
     assert isinstance(found, Anchor)
     assert all(isinstance(v, Tensor) for v in found)

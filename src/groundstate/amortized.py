@@ -3,7 +3,7 @@
 Idea: training moves weights by little at a step, a decomposition costs much, and its gradient stays good for long. An
 `Anchored` energy bounds itself from one decomposition, from below and from above, so nobody has to guess for how long::
 
-    lower <= E(W) <= upper,    kept while  (upper - lower) / lower <= gap
+    lower <= E(W) <= upper,    kept until a look finds  (upper - lower) / lower > gap, or nearly
 
 The gradient that acts is the subgradient at the anchor, so that a step in between costs one addition and nothing that
 waits for a device. The bounds are looked at less often than at every step: the gap grows like the square of the age or
@@ -159,7 +159,7 @@ class Amortized:
 
     def _renew(self, unit: _Unit, step: int) -> None:
         weights = unit.weights()
-        gradients, memory = self._named(unit.name, lambda seen: unit.energy.anchor(seen, self.gap), weights)
+        gradients, memory = self._named(unit.name, unit.energy.anchor, weights)
         lower, upper = unit.energy.bounds(weights, gradients, memory).tolist()
         unit.gradients, unit.memory = gradients, memory
         unit.lower, unit.upper = lower, upper

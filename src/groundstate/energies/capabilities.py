@@ -50,7 +50,7 @@ class Evolving(ABC):
 class Anchored(ABC):
     """A convex energy that one decomposition bounds everywhere: its gradient there then serves many steps.
 
-    With `Regularizer(gap=...)` a gradient is kept until the bounds, relative to one another, are further apart.
+    With `Regularizer(gap=...)` a gradient is kept until the bounds, relative to one another, are found further apart.
     """
 
     def bounded(self) -> bool:
@@ -58,12 +58,11 @@ class Anchored(ABC):
         return True
 
     @abstractmethod
-    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Returns a subgradient for each weight, and what `bounds` needs.
 
         Args:
             weights: One ``(out, in)`` matrix for an energy of a weight, all layers for an energy of a network.
-            gap: Relative distance up to which the bounds will be used.
         """
 
     @abstractmethod

@@ -120,8 +120,8 @@ class GraphEnergy(NetworkEnergy, Anchored, OfModel):
     def bounded(self) -> bool:
         return not self.absolute
 
-    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return graph_anchor(weights, gap)
+    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        return graph_anchor(weights)
 
     def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
         return graph_bounds(weights, gradients, memory)

@@ -82,8 +82,8 @@ class Nuclear(SpectralNorm, Anchored):
         require_step(step)
         return singular_value_threshold(w, step)
 
-    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
-        found = anchor.anchor(weights[0], gap, self.smoothing)._asdict()
+    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        found = anchor.anchor(weights[0], self.smoothing)._asdict()
         return [found.pop("gradient")], found
 
     def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:

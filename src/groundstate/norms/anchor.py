@@ -1,23 +1,20 @@
 """Bounds of a nuclear norm anywhere, from one decomposition somewhere.
 
-Idea: let W0 = Q H be the polar decomposition at the anchor. For every W, far or near::
+Idea: let W0 = Q H be the polar decomposition at the anchor, H = V diag(s) V^T. For every W, far or near::
 
-    <Q, W>  <=  ||W||_*  <=  ( tr(W K W^T) + tr K^-1 ) / 2,        K any positive definite matrix
+    <Q, W>  <=  ||W||_*  <=  sum_i ||W v_i||_2
 
-The left holds as ||Q||_2 <= 1 (duality), the right as sigma <= (sigma^2 k + 1/k) / 2 (the variational form behind
-iteratively reweighted least squares). Both are equal to ||W0||_* at W0 if K = H^-1, and stay close to ||W||_* while W
-stays near W0: the gap grows as the square of the distance. A step of training needs neither, only Q, which is a
-subgradient there; so a decomposition serves many steps, and the bounds say for how long.
+The left holds as ||Q||_2 <= 1 (duality); the right, for any orthonormal v_i, as W is the sum of the (W v_i) v_i^T, of
+rank one each. At W0 both are ||W0||_*, and they stay close while W stays near: the gap grows as the square of the
+distance. A step of training needs neither, only Q, which is a subgradient there; so a decomposition serves many steps,
+and the bounds say for how long.
 
-H is singular, or nearly, where W0 is, and it grows: a change D of W makes H^2 larger by about D^T D. So K takes
-(H^2 + d^2)^(1/2) in place of H, as if every singular value had moved by d already, with the largest d that costs no
-more than a given share of the gap at the anchor. That makes the bounds good for 2 to 3 times longer than d = 0 would.
+The smoothed norm sum_i sqrt(sigma_i^2 + e^2) - e has the same bounds: its gradient G is a subgradient, so that
+<G, W> and a constant bound it from below, and sum_i sqrt(||W v_i||^2 + e^2) - e from above (the diagonal of W^T W in
+any basis is majorized by its eigenvalues).
 
-The smoothed norm sum_i sqrt(sigma_i^2 + e^2) - e has the same bounds, shifted: its gradient G is a subgradient, and
-sqrt(sigma^2 + e^2) <= ((sigma^2 + e^2) k + 1/k) / 2.
-
-Reference: K. Mohan, M. Fazel, "Iterative reweighted algorithms for matrix rank minimization" (2012); R. T. Rockafellar,
-"Convex Analysis" (1970), section 23 (subgradients).
+Reference: R. T. Rockafellar, "Convex Analysis" (1970), section 23 (subgradients); A. Marshall, I. Olkin, B. Arnold,
+"Inequalities: theory of majorization" (2011), theorem 9.B.1 (Schur).
 """
 
 from __future__ import annotations
@@ -29,10 +26,9 @@ from torch import Tensor
 
 from groundstate.norms.spectral import LinAlgError, prepare, svd, tolerance, working_dtype
 
-SLACK = 0.15  # the part of the gap that d may cost at the anchor; the bounds then stay within it for the longest
 _TALL = 0.7  # sides further apart than this: by the Gram matrix
 _EVEN = 2.5e-3  # a float32 Gram matrix loses too many digits below this ratio of its eigenvalues
-ROUNDING = 32.0  # rounding errors of the bounds, in units of eps times what they grow with; largest seen: 0.6
+ROUNDING = 32.0  # rounding errors of the bounds, in units of eps times what they grow with
 
 
 class Anchor(NamedTuple):
@@ -42,36 +38,36 @@ class Anchor(NamedTuple):
         gradient: Its subgradient there, shape and dtype of W0; minimal-norm.
         value: The norm there, a float64 scalar.
         shift: What is added to <gradient, W> to give the lower bound, a float64 scalar; 0 without smoothing.
-        metric: K, ``(n, n)``, n the smaller side; empty where there are no bounds (zero or extreme weights).
-        constant: tr K^-1 / 2 and what smoothing adds, a float64 scalar.
+        directions: The v_i as columns, ``(n, n)``, n the smaller side; empty where there are no bounds (zero or extreme
+            weights).
+        smoothing: e, a float64 scalar.
         rounding: Bound on the relative error of the bounds as computed, a float64 scalar.
     """
 
     gradient: Tensor
     value: Tensor
     shift: Tensor
-    metric: Tensor
-    constant: Tensor
+    directions: Tensor
+    smoothing: Tensor
     rounding: Tensor
 
 
-def anchor(w: Tensor, gap: float, smoothing: float = 0.0) -> Anchor:
+def anchor(w: Tensor, smoothing: float = 0.0) -> Anchor:
     """Decomposes a matrix once, for bounds around it.
 
     Args:
         w: ``(m, n)``.
-        gap: The relative distance of the bounds that will still be good: it decides d.
         smoothing: e >= 0.
 
     Raises:
         UsageError: not a real floating-point matrix.
         NonFiniteError: w holds NaN or infinity.
 
-    Cost: 6 m n^2 flops and an ``eigh`` of the smaller side n (tall, wide), or one SVD (nearly square), and 2 n^3.
+    Cost: 6 m n^2 flops and an ``eigh`` of the smaller side n (tall, wide), or one SVD (nearly square).
 
-    >>> a = anchor(torch.eye(2), 0.01)
-    >>> [round(x, 2) for x in bounds(torch.diag(torch.tensor([1.0, 0.5])), a).tolist()]  # the norm is 1.5
-    [1.5, 1.64]
+    >>> a = anchor(torch.eye(2))
+    >>> [round(x, 3) for x in bounds(torch.diag(torch.tensor([1.0, 0.5])), a).tolist()]
+    [1.5, 1.5]
     """
     with torch.no_grad():
         w = w.detach()
@@ -79,21 +75,15 @@ def anchor(w: Tensor, gap: float, smoothing: float = 0.0) -> Anchor:
         wide = w.shape[0] < w.shape[1]
         tall = work.mT if wide else work
         s, v, q = _decomposed(tall, tolerance(w), smoothing)
-        root = torch.hypot(s, s.new_tensor(smoothing)) if smoothing else s
-        value = (s * (s / (root + smoothing)) if smoothing else s).sum()  # root - e, without the cancellation
+        value = smoothed_sum(s, s.new_tensor(smoothing))
         gradient = (q.mT if wide else q).to(w.dtype)
         shift = value - (gradient.double() * w.double()).sum() if smoothing else value.new_zeros(())
+        e = value.new_tensor(smoothing)
         if scale is not None or not float(value) > 0:
-            if scale is not None:
-                value = value * scale[0, 0]
-            return Anchor(gradient, value, shift, work.new_zeros(0, 0), value, value.new_zeros(()))
-        moved = displacement(root, SLACK * gap * float(value))
-        held = torch.hypot(root, root.new_tensor(moved))
-        metric = ((v / held.to(v.dtype)) @ v.mT).to(work.dtype)
-        above = (s.square() + moved**2) / (held + smoothing)  # held - e
-        constant = (above * (above / held)).sum() / 2
-        rounding = ROUNDING * torch.finfo(work.dtype).eps * (4 + float(held[0] / held[-1]))
-        return Anchor(gradient, value, shift, metric, constant, value.new_tensor(rounding))
+            value = value if scale is None else value * scale[0, 0]
+            return Anchor(gradient, value, shift, work.new_zeros(0, 0), e, value.new_zeros(()))
+        spread = 4 + len(s) ** 0.5 * s[0] / s.sum()
+        return Anchor(gradient, value, shift, v.to(work.dtype), e, ROUNDING * torch.finfo(work.dtype).eps * spread)
 
 
 def bounds(w: Tensor, at: Anchor) -> Tensor:
@@ -107,30 +97,22 @@ def bounds(w: Tensor, at: Anchor) -> Tensor:
         work = w.detach().to(working_dtype(w.dtype))
         tall = work.mT if w.shape[0] < w.shape[1] else work
         lower = torch.vdot(at.gradient.to(work.dtype).reshape(-1), work.reshape(-1)).double() + at.shift
-        if at.metric.numel() == 0:
+        if at.directions.numel() == 0:
             return torch.stack([lower.clamp_min(0), torch.full_like(lower, torch.inf)])
-        quadratic = torch.vdot((tall @ at.metric).reshape(-1), tall.reshape(-1)).double()
-        upper = quadratic / 2 + at.constant
-        error = at.rounding * upper.abs()
+        lengths = torch.linalg.vector_norm(tall @ at.directions, dim=0).double()
+        upper = smoothed_sum(lengths, at.smoothing)
+        error = at.rounding * upper
         return torch.stack([(lower - error).clamp_min(0), upper + error])
 
 
-def displacement(s: Tensor, budget: float) -> float:
-    """Returns nearly the largest d for which (H^2 + d^2)^(1/2) in place of H costs at most ``budget`` at the anchor.
+def smoothed_sum(s: Tensor, e: Tensor) -> Tensor:
+    """Returns sum_i sqrt(s_i^2 + e^2) - e, without the cancellation.
 
-    The cost is sum_i (s_i^2 / m_i + m_i) / 2 - s_i with m_i = hypot(s_i, d); d is s_1 times a power of 2^(1/4).
-
-    Args:
-        s: Singular values in descending order, float64, not all zero.
-        budget: Above 0.
-
-    >>> displacement(torch.tensor([1.0, 0.0], dtype=torch.float64), 0.6)  # d / 2 + (1/m + m) / 2 - 1 with d = 1: 0.56
-    1.0
+    >>> smoothed_sum(torch.tensor([3.0, 0.0]), torch.tensor(4.0))
+    tensor(1.)
     """
-    tried = s[0] * 2.0 ** (-torch.arange(80, dtype=s.dtype, device=s.device) / 4)
-    m = torch.hypot(s, tried[:, None])
-    cost = ((s * (s / m) + m) / 2 - s).sum(-1)
-    return float(tried[min(int((cost > budget).sum()), len(tried) - 1)])
+    total = torch.hypot(s, e) + e
+    return torch.where(total > 0, s * (s / torch.where(total > 0, total, 1.0)), 0.0).sum()
 
 
 def _decomposed(tall: Tensor, zero: float, e: float) -> tuple[Tensor, Tensor, Tensor]:
