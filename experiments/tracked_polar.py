@@ -209,18 +209,30 @@ def judged(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], found:
 
 
 @dataclass(frozen=True, repr=False)
-class Columns(Nuclear):
-    """The nuclear norm with the upper bound sum_i ||W v_i||, V the right singular vectors at the anchor."""
+class Reweighted(Nuclear):
+    """The nuclear norm with the upper bound ( tr(W K W^T) + tr K^-1 ) / 2, K = (H^2 + d^2)^(-1/2), H at the anchor.
 
-    def anchor(self, weights: Sequence[Tensor], gap: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+    d is about the largest that costs no more than 0.15 of the gap at the anchor.
+    """
+
+    gap: float = 0.01
+
+    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         held = Tracked()
         held.decompose(weights[0])
-        return [held.q], {"v": held.v}
+        s = torch.linalg.vector_norm(upright(weights[0]) @ held.v, dim=0).double()
+        tried = s.max() * 2.0 ** (-torch.arange(80, dtype=s.dtype) / 4)
+        m = torch.hypot(s, tried[:, None])
+        cost = ((s * (s / m) + m) / 2 - s).sum(-1)
+        moved = m[min(int((cost > 0.15 * self.gap * s.sum()).sum()), 79)]
+        metric = (held.v / moved.to(held.v.dtype)) @ held.v.mT
+        return [held.q], {"metric": metric, "constant": moved.sum() / 2}
 
     def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-        w, v = weights[0], memory["v"]
-        upper = (upright(w) @ v).norm(dim=0).double().sum()
-        error = 8 * torch.finfo(w.dtype).eps * len(v) ** 0.5 * upper
+        w = weights[0]
+        tall = upright(w)
+        upper = (tall @ memory["metric"] * tall).sum().double() / 2 + memory["constant"]
+        error = 128 * torch.finfo(w.dtype).eps * upper
         lower = torch.vdot(gradients[0].reshape(-1), w.reshape(-1)).double()
         return torch.stack([(lower - error).clamp_min(0), upper + error])
 
@@ -251,14 +263,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "median": median, "p90": ordered[int(0.9 * len(ordered))], "max": ordered[-1]}
 
 
-KEPT = {"kept": Nuclear(), "kept, columns": Columns()}
+KEPT = {"kept": Reweighted(), "kept, columns": Nuclear()}
 METHODS = {"stale": (0, PERIODS), "tracked": (OLDEST, PERIODS[:7]), "tracked, one basis": (NEVER, (1, 2, 5))}
 
 
 def prices(weights: list[Tensor]) -> dict[str, float]:
     """Returns the milliseconds of each operation: medians, in turns, of the processor time of one thread."""
     before, w = weights[len(weights) // 2 - 1 :][:2]
-    at, held = anchor(w, 0.01), Tracked()
+    at, held = anchor(w), Tracked()
     held.decompose(before)
     q = held.q
 
@@ -269,7 +281,7 @@ def prices(weights: list[Tensor]) -> dict[str, float]:
     functions: dict[str, Callable[[], object]] = {
         "product": lambda: upright(w) @ held.v,
         "polar": lambda: polar(w),
-        "anchor": lambda: anchor(w, 0.01),
+        "anchor": lambda: anchor(w),
         "bounds": lambda: bounds(w, at),
         "follow": follow,
         "decompose": lambda: Tracked().decompose(w),
