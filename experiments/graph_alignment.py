@@ -34,26 +34,21 @@ from torch.nn import functional
 
 import groundstate as gs
 from groundstate.energies import GraphEnergy, Nuclear
-from groundstate.energies.base import Term
 from groundstate.report.statistics import Paired, adjust, paired
 from groundstate.training.order import batch_order, keyed
 
 EPOCHS, BATCH, RATE, GAP = 6, 128, 0.1, 0.01
-SETTINGS = {
-    "wide": ((784, 128, 128, 10), 0.0),
-    "noisy": ((784, 128, 128, 10), 0.2),
-    "deep": ((784, 64, 64, 64, 64, 10), 0.0),
-}
-TITLES = {
-    "wide": "784-128-128-10",
-    "noisy": "784-128-128-10, 20 % of the training labels wrong",
-    "deep": "784-64-64-64-64-10",
+SETTINGS = {  # title, widths, share of wrong training labels
+    "wide": ("784-128-128-10", (784, 128, 128, 10), 0.0),
+    "noisy": ("784-128-128-10, 20 % of the training labels wrong", (784, 128, 128, 10), 0.2),
+    "deep": ("784-64-64-64-64-10", (784, 64, 64, 64, 64, 10), 0.0),
 }
 # At 3/4 of the strength the sum of layer norms gives about the same norms as the graph energy.
 STRENGTHS = {"none": (0.0,), "graph": (4e-4, 8e-4, 1.6e-3, 3.2e-3), "nuclear": (3e-4, 6e-4, 1.2e-3, 2.4e-3)}
 RANKS = (0.3, 0.2, 0.15, 0.1)  # of the parameters, kept in low-rank form
 NEURONS = (0.75, 0.5, 0.25, 0.12)  # of each hidden layer, kept
 WEIGHTS = (0.9, 0.95, 0.98)  # of all weights, removed
+ENERGIES = {"graph": 1.0 * GraphEnergy(), "nuclear": 2.0 * Nuclear()}
 POINTS = 4
 ROTATIONS = 8
 
@@ -65,16 +60,6 @@ class Task(NamedTuple):
     kind: str
     strength: float
     seed: int
-
-    def __str__(self) -> str:
-        return f"{self.setting}, {self.kind} {self.strength:g}, seed {self.seed}"
-
-
-KINDS: dict[str, Callable[[float], Term | None]] = {
-    "none": lambda _: None,
-    "graph": lambda mu: mu * GraphEnergy(),
-    "nuclear": lambda mu: 2 * mu * Nuclear(),
-}
 
 
 def tasks(seeds: int) -> list[Task]:
@@ -91,13 +76,12 @@ def tasks(seeds: int) -> list[Task]:
 def run(task: Task) -> dict[str, Any]:
     """Trains one network, measures its weights, and prunes it in every way."""
     start = time.process_time()
-    widths, noise = SETTINGS[task.setting]
+    _, widths, noise = SETTINGS[task.setting]
     split = load("mnist", seed=task.seed, label_noise=noise)
     model = mlp(widths, task.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-    term = KINDS[task.kind](task.strength)
-    if term is not None:
-        gs.Regularizer(model, term, gap=GAP).attach(optimizer)
+    if task.kind in ENERGIES:
+        gs.Regularizer(model, task.strength * ENERGIES[task.kind], gap=GAP).attach(optimizer)
     samples = len(split.train_x)
     steps = EPOCHS * math.ceil(samples / BATCH)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -123,7 +107,7 @@ def run(task: Task) -> dict[str, Any]:
     return {**task._asdict(), "train": train, "outcomes": outcomes, **figures, **seconds}
 
 
-# ---------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------- measuring and pruning
 
 
 def weights(model: nn.Module) -> list[Tensor]:
@@ -173,9 +157,6 @@ def rotated(layers: Sequence[Tensor], generator: torch.Generator) -> list[Tensor
         q, r = torch.linalg.qr(torch.randn((w.shape[1], w.shape[1]), generator=generator, dtype=w.dtype))
         found.append(w @ (q * r.diagonal().sign()))
     return found
-
-
-# ---------------------------------------------------------------------- pruning
 
 
 def truncated(model: nn.Module, budget: float) -> nn.Module:
@@ -244,12 +225,11 @@ class Curve(NamedTuple):
 
 def curves(runs: Runs, kind: str) -> dict[int, Curve]:
     """Returns a curve for each seed."""
-    found: dict[int, Runs] = {}
-    for r in runs:
-        if r["kind"] == kind:
-            found.setdefault(r["seed"], []).append(r)
-    ordered = {seed: sorted(own, key=total) for seed, own in found.items()}
-    return {seed: Curve(np.log([total(r) for r in own]), own) for seed, own in ordered.items()}
+    found = {}
+    for seed in sorted({r["seed"] for r in runs}):
+        own = sorted((r for r in runs if (r["kind"], r["seed"]) == (kind, seed)), key=total)
+        found[seed] = Curve(np.log([total(r) for r in own]), own)
+    return found
 
 
 def total(r: dict[str, Any]) -> float:
@@ -299,32 +279,36 @@ def trained(runs: Runs) -> str:
             measured = [plus_minus([MEASURES[m](r) for r in own], 3) for m in ("E / (2 sum of norms)", "by chance")]
             cosines = [f"{fmean(MEASURES[m](r) for r in own):.2f}" for m in ("cosine", "by chance ")]
             accuracies = [plus_minus([outcome("accuracy", s)(r) for r in own]) for s in (0, 1)]
-            norms = plus_minus([total(r) for r in own], 1)
-            rows.append([name, norms, layers, *measured, *cosines, *accuracies, f"{len(own)}"])
+            rows.append(
+                [name, plus_minus([total(r) for r in own], 1), layers, *measured, *cosines, *accuracies, f"{len(own)}"]
+            )
     measures = ["E / 2 sum", "by chance", "cosine", "by chance"]
     return table(["", "sum of norms", "layer norms", *measures, "validation", "test", "seeds"], rows)
 
 
+def read_off(runs: Runs, read: Callable[[dict[str, Any]], float]) -> list[dict[int, list[float]]]:
+    """Returns, for graph and for nuclear, the values at the common norms by seed."""
+    both = [curves(runs, kind) for kind in ("graph", "nuclear")]
+    return [{seed: [c.at(p, read) for p in common(*both)] for seed, c in kind.items()} for kind in both]
+
+
 def equal_norms(runs: Runs) -> str:
     """Returns alignment and outcomes of the nuclear norm, and the differences of the graph energy to it."""
-    graph, nuclear = curves(runs, "graph"), curves(runs, "nuclear")
-    points = common(graph, nuclear)
-    keys = list(runs[0]["outcomes"])
+    points, keys = common(curves(runs, "graph"), curves(runs, "nuclear")), list(runs[0]["outcomes"])
     readers = MEASURES | {key: outcome(key) for key in keys}
+    values = {key: read_off(runs, read) for key, read in readers.items()}
     pairs, means = {}, {}
-    for key, read in readers.items():
-        a, b = ({s: [c.at(p, read) for p in points] for s, c in kind.items()} for kind in (graph, nuclear))
+    for key, (a, b) in values.items():
         pairs[key] = [paired({s: v[i] for s, v in a.items()}, {s: v[i] for s, v in b.items()}) for i in range(POINTS)]
         means[key] = paired({s: fmean(v) for s, v in a.items()}, {s: fmean(v) for s, v in b.items()})
     corrected = iter(adjust([p for key in keys for p in pairs[key]]))
     pairs |= {key: [next(corrected) for _ in points] for key in keys}
     means |= dict(zip(keys, adjust([means[key] for key in keys])))
     rows = []
-    for key, read in readers.items():
+    for key, (_, b) in values.items():
         cells, digits = [], 2 if key in keys else 3
-        for point, pair in zip(points, pairs[key]):
-            level = fmean(c.at(point, read) for c in nuclear.values())
-            cells += [f"{level:.{digits}f}", difference(pair, digits)]
+        for level, pair in zip(zip(*b.values()), pairs[key]):
+            cells += [f"{fmean(level):.{digits}f}", difference(pair, digits)]
         rows.append([key, *cells, difference(means[key], digits)])
     header = [cell for p in points for cell in (f"nuclear at {p:.0f}", "graph less nuclear")]
     return table(["", *header, "mean of the four"], rows)
@@ -332,12 +316,9 @@ def equal_norms(runs: Runs) -> str:
 
 def best(runs: Runs, kind: str, key: str) -> tuple[float, dict[int, float]]:
     """Returns the strength of the best mean validation figure, and the test figures there by seed."""
-    means = {}
-    for strength in STRENGTHS[kind]:
-        own = [r for r in runs if (r["kind"], r["strength"]) == (kind, strength)]
-        means[strength] = fmean(outcome(key, 0)(r) for r in own)
-    chosen = max(means, key=means.__getitem__)
-    return chosen, {r["seed"]: outcome(key)(r) for r in runs if (r["kind"], r["strength"]) == (kind, chosen)}
+    own = {s: [r for r in runs if (r["kind"], r["strength"]) == (kind, s)] for s in STRENGTHS[kind]}
+    chosen = max(own, key=lambda s: fmean(outcome(key, 0)(r) for r in own[s]))
+    return chosen, {r["seed"]: outcome(key)(r) for r in own[chosen]}
 
 
 def at_best(runs: Runs) -> str:
@@ -356,15 +337,37 @@ def at_best(runs: Runs) -> str:
     return table(["", *kinds, *[f"{a} less {b}" for a, b in contrasts]], rows)
 
 
+def pooled(cases: Sequence[Runs]) -> str:
+    """Returns graph less nuclear over all cases and seeds: the means over equal norms, and at the best strengths."""
+    keys, columns = list(cases[0][0]["outcomes"]), ([], [])
+    for key in keys:
+        equal, chosen = [], []
+        for runs in cases:
+            a, b = read_off(runs, outcome(key))
+            equal += [fmean(a[seed]) - fmean(b[seed]) for seed in a]
+            a, b = best(runs, "graph", key)[1], best(runs, "nuclear", key)[1]
+            chosen += [a[seed] - b[seed] for seed in a]
+        for column, values in zip(columns, (equal, chosen)):
+            column.append((paired(dict(enumerate(values)), dict.fromkeys(range(len(values)), 0.0)), values))
+    rows = [[key] for key in keys]
+    for column in columns:
+        for row, pair, (_, values) in zip(rows, adjust([p for p, _ in column]), column):
+            row += [difference(pair), f"{sum(v > 0 for v in values)} of {len(values)}"]
+    return table(["", "at equal norms", "graph ahead", "at the best strengths", "graph ahead"], rows)
+
+
 def report(result: Mapping[str, Any]) -> str:
     """Returns all tables in Markdown, of the seeds whose runs are all there."""
-    parts, whole = [], sum(map(len, STRENGTHS.values()))
-    for setting, title in TITLES.items():
+    parts, cases, whole = [], [], sum(map(len, STRENGTHS.values()))
+    for setting, (title, _, _) in SETTINGS.items():
         own = [r for r in result["runs"] if r["setting"] == setting]
         runs = [r for r in own if sum(o["seed"] == r["seed"] for o in own) == whole]
         if runs:
+            cases.append(runs)
             parts += [f"## {title}", trained(runs), "At equal sums of layer norms:", equal_norms(runs)]
             parts += ["At the strength that is best on the validation data, for each line:", at_best(runs)]
+    if cases:
+        parts += ["## All cases: graph less nuclear", pooled(cases)]
     seconds = sum(r["cpu_seconds"] for r in result["runs"])
     parts.append(f"{len(result['runs'])} runs, {seconds / 60:.1f} CPU-minutes.")
     return "\n\n".join(parts)

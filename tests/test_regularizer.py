@@ -419,3 +419,16 @@ def test_maximizing_optimizer_still_minimizes_the_energy():
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer.step()
     assert torch.allclose(model.weight, before * 0.9)
+
+
+def test_terms_of_the_loss_that_nobody_asks_for_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reg = gs.Regularizer(model, "1e-3*dirichlet").attach(optimizer)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    (model(x).square().mean() + reg.loss(x)).backward()
+    optimizer.step()  # asked for
+    model(x).square().mean().backward()
+    with pytest.warns(UserWarning, match="dirichlet did not act"):
+        optimizer.step()
+    optimizer.step()  # said once

@@ -7,10 +7,10 @@ Idea: training moves weights by little at a step, a decomposition costs much, an
 
 The gradient that acts is the subgradient at the anchor, so that a step in between costs one addition and nothing that
 waits for a device. The bounds are looked at less often than at every step: the gap grows like the square of the age or
-slower, so each look says when it is worth looking again: half the way to where it is predicted to pass, and at most
-twice the age. Anchors of
-different weights are renewed at different steps: in the mean of a step as many are due as their ages say, and where
-none is forced, the oldest, relative to its limit, is renewed early.
+slower, so each look says when it is worth looking again: before it is predicted to pass, at twice the age at most, and
+after 20 steps or where the learning rate doubles anyhow. Between looks the gap may pass; `Wear.widest` tells by how
+much. Anchors of different weights are renewed at different steps: in the mean of a step as many are due as their ages
+say, and where none is forced, the oldest, relative to its limit, is renewed early.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from groundstate.energies.capabilities import Anchored
 from groundstate.errors import UsageError
 
 _FIRST = 0.7  # of the predicted remaining age, until the next look; then all of it
+_LONGEST = 20  # steps without a look: weights may rest for long, and then be moved by something else
 _WORTH = 0.12  # with less than this part of its limit left an anchor is renewed, which costs no more than further looks
 _RIPE = 0.6  # of its limit, before which no anchor is renewed early
 _FIGURES = ("refreshed", "limit", "due", "first", "lower", "upper", "refreshes", "looks", "widest")
@@ -104,6 +105,7 @@ class Amortized:
         self.gap = gap
         self._named = named
         self._credit = 0.0
+        self._rate = math.inf
 
     def gradients(self, step: int) -> list[tuple[Block, Tensor]]:
         """Returns a gradient for each weight, renewing what is due at this step.
@@ -124,8 +126,19 @@ class Amortized:
             self._credit = 0.0
         return [(b, g) for u in self.units for b, g in zip(u.blocks, u.gradients, strict=True)]
 
-    def act(self, step: int, valued: bool) -> tuple[float, list[tuple[Block, Tensor]]]:
-        """Returns `value`, or 0 where it is not asked for, and `gradients`."""
+    def act(self, step: int, valued: bool, rate: float) -> tuple[float, list[tuple[Block, Tensor]]]:
+        """Returns `value`, or 0 where it is not asked for, and `gradients`; looks again where the rate rose.
+
+        Args:
+            step: Number of the step.
+            valued: Whether the value is asked for.
+            rate: The largest learning rate; 0 where it is not known.
+        """
+        if rate > 2 * self._rate:
+            for unit in self.units:
+                unit.due = min(unit.due, step)
+            self._rate = rate
+        self._rate = min(self._rate, rate)
         grads = self.gradients(step)
         return self.value() if valued else 0.0, grads
 
@@ -154,7 +167,7 @@ class Amortized:
         if not wide <= self.gap or left < max(_WORTH * unit.limit, 1.0):
             return False
         unit.lower, unit.upper = lower, upper
-        unit.due = step + max(1, int(min(left if left < age else _FIRST * left, age)))
+        unit.due = step + max(1, int(min(left if left < age else _FIRST * left, age, _LONGEST)))
         return True
 
     def _renew(self, unit: _Unit, step: int) -> None:
@@ -167,13 +180,13 @@ class Amortized:
         unit.refreshes += 1
         useless = not unit.first < self.gap  # zero or extreme weights, say: exact at every step
         unit.limit = 1.0 if useless or unit.limit == math.inf else unit.limit
-        unit.refreshed, unit.due = step, step + (1 if useless else max(1, int(_FIRST * unit.limit)))
+        unit.refreshed, unit.due = step, step + (1 if useless else max(1, int(min(_FIRST * unit.limit, _LONGEST))))
 
     # ------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Tensor]:
         """Returns everything that the next step depends on, as tensors by name."""
-        found = {"credit": torch.tensor(self._credit, dtype=torch.float64)}
+        found = {"credit": torch.tensor([self._credit, self._rate], dtype=torch.float64)}
         for i, u in enumerate(self.units):
             figures = [getattr(u, name) for name in _FIGURES]
             found[f"{i}/figures"] = torch.tensor(figures, dtype=torch.float64)
@@ -182,17 +195,19 @@ class Amortized:
         return {k: v.clone() for k, v in found.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restores `state`.
+        """Restores `state`; an empty one, saved without a gap, leaves everything to be renewed.
 
         Raises:
             UsageError: it is of other weights.
         """
+        if not state:
+            return
         for i, u in enumerate(self.units):
             gradients = [v for k, v in sorted(state.items()) if k.startswith(f"{i}/gradient/")]
             fits = f"{i}/figures" in state and len(gradients) in (0, len(u.blocks))
             if not fits or any(g.numel() != b.matrix.numel() for g, b in zip(gradients, u.blocks, strict=False)):
                 raise UsageError(f"the saved gradients of {u.energy!r} are of other weights than {u.name}")
-        self._credit = float(state["credit"])
+        self._credit, self._rate = state["credit"].tolist()
         for i, u in enumerate(self.units):
             for name, value in zip(_FIGURES, state[f"{i}/figures"].tolist(), strict=True):
                 setattr(u, name, value)

@@ -141,7 +141,11 @@ class Network:
 
     def run(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Returns the output of the network as it is now."""
-        output = self._holder[0](*batch)
+        try:
+            output = self._holder[0](*batch)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in batch)
+            raise UsageError(f"the network cannot take data of shape {shapes}: {error}") from None
         if not isinstance(output, Tensor):
             raise UsageError(f"expected a network with one tensor as output, got {type(output).__name__}")
         return output

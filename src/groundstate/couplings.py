@@ -196,7 +196,7 @@ def keep_gradients(placed: list[Placed], gap: float, every: int) -> dict[str, Am
         energies = " + ".join(p.key for p in placed) or "none"
         raise UsageError(
             f"no term of {energies} has certified bounds and a gradient, so none can be kept until a gap of {gap:g}: "
-            "leave the gap out, or use nuclear or graph"
+            "leave the gap out, or use nuclear, or graph of a chain of linear layers, acting by grad or in the loss"
         )
     return found
 
@@ -249,6 +249,15 @@ def add_to_gradients(additions: list[tuple[nn.Parameter, Tensor, float]]) -> Non
             raise UsageError("sparse gradients are not supported: leave that embedding out with select='!name'")
         if parameter.grad is not None:
             parameter.grad.add_(gradient, alpha=factor)
+
+
+def warn_not_asked(firing: list[Placed], warned: set[str]) -> None:
+    """Names the terms of the loss that were due in a step and were not asked for, each once."""
+    if new := [p.key for p in firing if p.key not in warned]:
+        warned.update(new)
+        warnings.warn(
+            f"{', '.join(new)} did not act in this step: add reg.loss(x, y) to the loss before backward", stacklevel=4
+        )
 
 
 def warn_without_gradient(blocks: list[Block], warned: set[str]) -> None:

@@ -36,12 +36,14 @@ from groundstate.couplings import (
     keep_gradients,
     place,
     total_value,
+    warn_not_asked,
     warn_without_gradient,
 )
 from groundstate.energies.base import Coupling, Energy, Sum, Term, TrajectoryEnergy
 from groundstate.energies.capabilities import Proximable
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
+from groundstate.flat_state import below, restore
 from groundstate.schedules import schedule as make_schedule
 
 Schedule = Callable[[int], float]
@@ -57,7 +59,7 @@ class Regularizer:
         every: Act at every k-th step only, k times as strong (``grad`` and ``loss``), with k times the step (``prox``).
             Trajectories are observed, and their term acts, at every step.
         gap: Keep the gradients of energies with certified bounds (nuclear, graph) from step to step, and renew that of
-            a weight when its bounds are further apart than this share of the energy, say 0.01: see `wear`.
+            a weight when its bounds are found further apart than this share of the energy, say 0.01: see `wear`.
         select: Comma-separated shell patterns of weight names; default: every matrix and convolution, no biases,
             normalizations, embeddings.
         schedule: Factor on the strengths as a function of the step, or ``"linear:N"``, ``"cosine:N"`` (1 to 0 over N
@@ -112,7 +114,7 @@ class Regularizer:
         self._amortized = {} if gap is None else keep_gradients(self.placed, gap, every)
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
-        self._added = False
+        self._added = self._asked = False
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ attaching
@@ -164,6 +166,7 @@ class Regularizer:
         """
         first = next(self.model.parameters(), None)
         total = torch.zeros((), device=None if first is None else first.device)
+        self._asked = True
         for p in self._firing("loss"):
             total = total + self._scale(p) * differentiable_value(p, self.model, x, y, self._probe(p), self._turn(p))
         return total
@@ -234,8 +237,7 @@ class Regularizer:
         for kept in self._amortized.values():
             lines.append(f"gradients kept while their bounds are within {kept.gap:g} of one another")
         lines.append(f"weights ({len(self.blocks)}): {', '.join(b.name for b in self.blocks)}")
-        half = [b.name for b in self.blocks if b.parameter.dtype in (torch.bfloat16, torch.float16)]
-        if half:
+        if half := [b.name for b in self.blocks if b.parameter.dtype in (torch.bfloat16, torch.float16)]:
             lines.append(f"half precision ({', '.join(half)}): changes below half a unit in the last place are lost")
         return "\n".join(lines)
 
@@ -275,7 +277,7 @@ class Regularizer:
             )
         matrices = self._matrices()
         for key, trajectory in self._trajectories.items():
-            _restore(trajectory, state, f"trajectory/{key}/", matrices)
+            restore(trajectory, state, f"trajectory/{key}/", matrices)
             energy = next(p.energy for p in self.placed if p.key == key)
             if isinstance(energy, TrajectoryEnergy):
                 _, jump = energy.rebase(trajectory, matrices)
@@ -284,9 +286,9 @@ class Regularizer:
                         f"the weights moved by {jump:.3g} since the state of {key} was saved: not counted in its path",
                         stacklevel=2,
                     )
-        _restore(self._remembered(), state, "memory/", matrices)
+        restore(self._remembered(), state, "memory/", matrices)
         for key, kept in self._amortized.items():
-            kept.load(_below(state, f"kept/{key}/"))
+            kept.load(below(state, f"kept/{key}/"))
         self.step_count = int(state["step"])
         self._added = False
 
@@ -313,7 +315,9 @@ class Regularizer:
         return (args[0], with_energies, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._added = False
+        self._asked, asked, self._added = False, self._asked, False
+        if not asked:
+            warn_not_asked(self._firing("loss"), self._warned)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
             return
@@ -378,12 +382,13 @@ class Regularizer:
         ]
 
     def _scale(self, p: Placed) -> float:
-        lazy = 1 if isinstance(p.energy, TrajectoryEnergy) else self.every
-        return p.strength * lazy * self.schedule(self.step_count)
+        scale = p.strength * self.schedule(self.step_count)
+        return scale if isinstance(p.energy, TrajectoryEnergy) else scale * self.every
 
     def _turn(self, p: Placed, valued: bool = True) -> Turn:
         kept = self._amortized.get(p.key)
-        act = None if kept is None else partial(kept.act, self.step_count, valued)
+        rates = [] if self._optimizer is None else [float(g["lr"]) for g in self._optimizer.param_groups]
+        act = None if kept is None else partial(kept.act, self.step_count, valued, max(rates, default=0.0))
         return Turn(self._trajectories.get(p.key, {}), self._memories[p.key], partial(self._probe, p), act)
 
     def _remembered(self) -> dict[str, Tensor]:
@@ -402,16 +407,3 @@ class Regularizer:
 
     def _matrices(self) -> dict[str, Tensor]:
         return {b.name: b.parameter.detach() for b in self.blocks}
-
-
-def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _restore(into: Mapping[str, Tensor], state: Mapping[str, Any], prefix: str, matrices: Mapping[str, Tensor]) -> None:
-    """Copies what was saved under a prefix, all or nothing."""
-    saved = _below(state, prefix)
-    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in into.items()}:
-        raise UsageError(f"the saved {prefix.rstrip('/')} is of other weights than {', '.join(matrices)}")
-    for k, v in into.items():
-        v.copy_(saved[k])

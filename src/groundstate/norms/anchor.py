@@ -35,7 +35,7 @@ class Anchor(NamedTuple):
     """A nuclear norm decomposed at W0.
 
     Attributes:
-        gradient: Its subgradient there, shape and dtype of W0; minimal-norm.
+        gradient: Its subgradient there, of the shape of W0, float64 or float32; minimal-norm.
         value: The norm there, a float64 scalar.
         shift: What is added to <gradient, W> to give the lower bound, a float64 scalar; 0 without smoothing.
         directions: The v_i as columns, ``(n, n)``, n the smaller side; empty where there are no bounds (zero or extreme
@@ -76,7 +76,7 @@ def anchor(w: Tensor, smoothing: float = 0.0) -> Anchor:
         tall = work.mT if wide else work
         s, v, q = _decomposed(tall, tolerance(w), smoothing)
         value = smoothed_sum(s, s.new_tensor(smoothing))
-        gradient = (q.mT if wide else q).to(w.dtype)
+        gradient = q.mT if wide else q
         shift = value - (gradient.double() * w.double()).sum() if smoothing else value.new_zeros(())
         e = value.new_tensor(smoothing)
         if scale is not None or not float(value) > 0:

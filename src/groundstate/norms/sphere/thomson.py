@@ -24,6 +24,7 @@ from groundstate.norms.sphere.references import check
 
 Array = npt.NDArray[np.float64]
 
+LARGEST_EXPONENT = 30.0
 _ITERATIONS = 5000
 _MEMORY = 20
 
@@ -71,6 +72,11 @@ def thomson(
     3.674235
     """
     n, d, s = check(n, d, s)
+    if s > LARGEST_EXPONENT:
+        raise UsageError(
+            f"the search descends on r^-s itself, which has too few digits above s = {LARGEST_EXPONENT:g}, got {s:g}: "
+            "a smaller exponent has nearly the same ground states (the limit is the best packing)"
+        )
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 1:
         raise UsageError(f"restarts must be an integer of at least 1, got {restarts!r}")
     if not tolerance > 0:
