@@ -46,7 +46,7 @@ def test_bounds_always_hold(dtype: torch.dtype) -> None:
         w0, e = hostile(draw, generator), draw.choice([0.0, 0.0, 0.1, 1e-3])
         size = w0.norm() / math.sqrt(w0.numel()) * draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
         w = (w0 + size * torch.randn(w0.shape, generator=generator, dtype=torch.float64)).to(dtype)
-        lower, upper = bounds(w, anchor(w0.to(dtype), e)).tolist()
+        lower, upper = bounds(w, anchor(w0.to(dtype), e), e).tolist()
         assert 0 <= lower <= smoothed_nuclear(w, e) <= upper
 
 
@@ -66,7 +66,7 @@ def test_bounds_hold_at_real_size(shape: tuple[int, int]) -> None:
 def test_at_the_anchor_bounds_are_tight(smoothing: float) -> None:
     w = torch.randn(40, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = anchor(w, smoothing)
-    lower, upper = bounds(w, found).tolist()
+    lower, upper = bounds(w, found, smoothing).tolist()
     assert lower == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)  # float64 rounding
     assert upper - lower <= 1e-12 * lower  # the margin for rounding: 64 eps times 4 to 10
     assert float(found.value) == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)

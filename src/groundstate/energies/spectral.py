@@ -87,7 +87,7 @@ class Nuclear(SpectralNorm, Anchored):
         return [found.pop("gradient")], found
 
     def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-        return anchor.bounds(weights[0], anchor.Anchor(gradients[0], **memory))
+        return anchor.bounds(weights[0], anchor.Anchor(gradients[0], **memory), self.smoothing)
 
     def _value(self, s: Tensor) -> Tensor:
         return gauges.smoothed_l1(s, self.smoothing)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from groundstate.norms.gauges import smoothed_l1
 from groundstate.norms.spectral import LinAlgError, prepare, svd, tolerance, working_dtype
 
 _TALL = 0.7  # sides further apart than this: by the Gram matrix
@@ -40,7 +41,6 @@ class Anchor(NamedTuple):
         shift: What is added to <gradient, W> to give the lower bound, a float64 scalar; 0 without smoothing.
         directions: The v_i as columns, ``(n, n)``, n the smaller side; empty where there are no bounds (zero or extreme
             weights).
-        smoothing: e, a float64 scalar.
         rounding: Bound on the relative error of the bounds as computed, a float64 scalar.
     """
 
@@ -48,7 +48,6 @@ class Anchor(NamedTuple):
     value: Tensor
     shift: Tensor
     directions: Tensor
-    smoothing: Tensor
     rounding: Tensor
 
 
@@ -75,21 +74,25 @@ def anchor(w: Tensor, smoothing: float = 0.0) -> Anchor:
         wide = w.shape[0] < w.shape[1]
         tall = work.mT if wide else work
         s, v, q = _decomposed(tall, tolerance(w), smoothing)
-        value = smoothed_sum(s, s.new_tensor(smoothing))
+        value = smoothed_l1(s, smoothing)
         gradient = q.mT if wide else q
         shift = value - (gradient.double() * w.double()).sum() if smoothing else value.new_zeros(())
-        e = value.new_tensor(smoothing)
         if scale is not None or not float(value) > 0:
             value = value if scale is None else value * scale[0, 0]
-            return Anchor(gradient, value, shift, work.new_zeros(0, 0), e, value.new_zeros(()))
+            return Anchor(gradient, value, shift, work.new_zeros(0, 0), value.new_zeros(()))
         spread = 4 + len(s) ** 0.5 * s[0] / s.sum()
-        return Anchor(gradient, value, shift, v.to(work.dtype), e, ROUNDING * torch.finfo(work.dtype).eps * spread)
+        return Anchor(gradient, value, shift, v.to(work.dtype), ROUNDING * torch.finfo(work.dtype).eps * spread)
 
 
-def bounds(w: Tensor, at: Anchor) -> Tensor:
+def bounds(w: Tensor, at: Anchor, smoothing: float = 0.0) -> Tensor:
     """Returns the lower and the upper bound of the norm of w, a float64 tensor of two, without waiting for a device.
 
     Infinite, or NaN, where w is not finite or its squares overflow.
+
+    Args:
+        w: ``(m, n)``, the shape of W0.
+        at: What `anchor` returned.
+        smoothing: e, as it was given to `anchor`.
 
     Cost: 2 m n^2 flops.
     """
@@ -100,19 +103,9 @@ def bounds(w: Tensor, at: Anchor) -> Tensor:
         if at.directions.numel() == 0:
             return torch.stack([lower.clamp_min(0), torch.full_like(lower, torch.inf)])
         lengths = torch.linalg.vector_norm(tall @ at.directions, dim=0).double()
-        upper = smoothed_sum(lengths, at.smoothing)
+        upper = smoothed_l1(lengths, smoothing)
         error = at.rounding * upper
         return torch.stack([(lower - error).clamp_min(0), upper + error])
-
-
-def smoothed_sum(s: Tensor, e: Tensor) -> Tensor:
-    """Returns sum_i sqrt(s_i^2 + e^2) - e, without the cancellation.
-
-    >>> smoothed_sum(torch.tensor([3.0, 0.0]), torch.tensor(4.0))
-    tensor(1.)
-    """
-    total = torch.hypot(s, e) + e
-    return torch.where(total > 0, s * (s / torch.where(total > 0, total, 1.0)), 0.0).sum()
 
 
 def _decomposed(tall: Tensor, zero: float, e: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -209,25 +209,32 @@ def adaptive_svd(
         work, scale = prepare(_single(w))
         rounding = max(1, *w.shape) * torch.finfo(work.dtype).eps
         tolerance = max(tolerance, rounding)
-        total = float(torch.linalg.vector_norm(work, dtype=torch.float64))
-        left, q, b = work.clone(), work[:, :0], work[:0]
-        while True:
-            error = float(torch.linalg.vector_norm(left, dtype=torch.float64))
-            whole = q.shape[1] == min(w.shape)
-            if norm == "spectral" and error > 0:
-                largest = float(torch.linalg.matrix_norm(b, 2)) if len(b) else 0.0
-                error, total = _spectral_bound(left, error, probes, generator), largest
-            if whole or error <= tolerance * total:
-                break
-            fresh = _range(left, min(block, min(w.shape) - q.shape[1]), power, generator)
-            fresh = torch.linalg.qr(fresh - q @ (q.mT @ fresh)).Q  # the residual is orthogonal to q up to rounding only
-            rows = fresh.mT @ left
-            left -= fresh @ rows
-            q, b = torch.cat([q, fresh], 1), torch.cat([b, rows])
+        q, b, error, total = _grown(work, tolerance, norm, block, power, probes, generator)
         small, s, vh = svd(b)
-        k = _smallest(s, 0.0 if whole else error, tolerance * total, norm)
+        k = _smallest(s, 0.0 if q.shape[1] == min(w.shape) else error, tolerance * total, norm)
         u, s, vh = q @ small[:, :k], s[:k], vh[:k]
         return u, (s if scale is None else (s * scale[0]).to(s.dtype)), vh
+
+
+def _grown(
+    work: Tensor, tolerance: float, norm: str, block: int, power: int, probes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float, float]:
+    """Returns Q and B = Q^T W with ||W - Q B|| within the tolerance, that error, and the norm it is compared with."""
+    total = float(torch.linalg.vector_norm(work, dtype=torch.float64))
+    left, q, b = work.clone(), work[:, :0], work[:0]
+    while True:
+        error = float(torch.linalg.vector_norm(left, dtype=torch.float64))
+        whole = q.shape[1] == min(work.shape)
+        if norm == "spectral" and error > 0:
+            largest = float(torch.linalg.matrix_norm(b, 2)) if len(b) else 0.0
+            error, total = _spectral_bound(left, error, probes, generator), largest
+        if whole or error <= tolerance * total:
+            return q, b, error, total
+        fresh = _range(left, min(block, min(work.shape) - q.shape[1]), power, generator)
+        fresh = torch.linalg.qr(fresh - q @ (q.mT @ fresh)).Q  # the residual is orthogonal to q up to rounding only
+        rows = fresh.mT @ left
+        left -= fresh @ rows
+        q, b = torch.cat([q, fresh], 1), torch.cat([b, rows])
 
 
 def _range(work: Tensor, columns: int, power: int, generator: torch.Generator) -> Tensor:
