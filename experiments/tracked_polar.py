@@ -24,21 +24,20 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from column_bounds import anchor, bounds
 from common import RESULTS, describe_machine, load, mlp, save_json, table
 from torch import Tensor, nn
 from torch.nn import functional
 
 import groundstate as gs
 from groundstate.energies import Nuclear
-from groundstate.norms.anchor import anchor, bounds
 from groundstate.norms.polar import polar
 from groundstate.norms.spectral import tolerance
 from groundstate.training.order import batch_order, keyed
@@ -208,35 +207,6 @@ def judged(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], found:
     return {"error": spread(errors), "gap": spread(gaps)}
 
 
-@dataclass(frozen=True, repr=False)
-class Reweighted(Nuclear):
-    """The nuclear norm with the upper bound ( tr(W K W^T) + tr K^-1 ) / 2, K = (H^2 + d^2)^(-1/2), H at the anchor.
-
-    d is about the largest that costs no more than 0.15 of the gap at the anchor.
-    """
-
-    gap: float = 0.01
-
-    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        held = Tracked()
-        held.decompose(weights[0])
-        s = torch.linalg.vector_norm(upright(weights[0]) @ held.v, dim=0).double()
-        tried = s.max() * 2.0 ** (-torch.arange(80, dtype=s.dtype) / 4)
-        m = torch.hypot(s, tried[:, None])
-        cost = ((s * (s / m) + m) / 2 - s).sum(-1)
-        moved = m[min(int((cost > 0.15 * self.gap * s.sum()).sum()), 79)]
-        metric = (held.v / moved.to(held.v.dtype)) @ held.v.mT
-        return [held.q], {"metric": metric, "constant": moved.sum() / 2}
-
-    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-        w = weights[0]
-        tall = upright(w)
-        upper = (tall @ memory["metric"] * tall).sum().double() / 2 + memory["constant"]
-        error = 128 * torch.finfo(w.dtype).eps * upper
-        lower = torch.vdot(gradients[0].reshape(-1), w.reshape(-1)).double()
-        return torch.stack([(lower - error).clamp_min(0), upper + error])
-
-
 def kept(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], gap: float, energy: Nuclear) -> dict[str, Any]:
     """Returns the same of the library's kept gradients, and their counts; the gaps are to the exact norm."""
     model = nn.Linear(*reversed(weights[0].shape), bias=False)
@@ -263,7 +233,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "median": median, "p90": ordered[int(0.9 * len(ordered))], "max": ordered[-1]}
 
 
-KEPT = {"kept": Reweighted(), "kept, columns": Nuclear()}
+KEPT = {"kept": Nuclear()}
 METHODS = {"stale": (0, PERIODS), "tracked": (OLDEST, PERIODS[:7]), "tracked, one basis": (NEVER, (1, 2, 5))}
 
 

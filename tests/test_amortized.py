@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from groundstate import Regularizer
-from groundstate.energies import Coupling
+from groundstate.energies import Coupling, GraphEnergy, KyFan, Nuclear, OperatorNorm, SpectralKSupport
+from groundstate.energies.base import MatrixEnergy
+from groundstate.energies.capabilities import Anchored
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.norms import graph
-from groundstate.norms.anchor import Anchor, anchor, bounds
-from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
+from groundstate.norms.subgradient import excess_norm
 
 MATRICES = 5000
 
@@ -41,66 +42,79 @@ def hostile(draw: random.Random, generator: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bounds_always_hold(dtype: torch.dtype) -> None:
+    """An old gradient bounds from below, a fresh value from above."""
     draw, generator = random.Random(str(dtype)), torch.Generator().manual_seed(1)
     for _ in range(MATRICES):
         w0, e = hostile(draw, generator), draw.choice([0.0, 0.0, 0.1, 1e-3])
         size = w0.norm() / math.sqrt(w0.numel()) * draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
         w = (w0 + size * torch.randn(w0.shape, generator=generator, dtype=torch.float64)).to(dtype)
-        lower, upper = bounds(w, anchor(w0.to(dtype), e), e).tolist()
-        assert 0 <= lower <= smoothed_nuclear(w, e) <= upper
+        lower, fresh = Nuclear(e).anchor([w0.to(dtype)]).lower([w]), Nuclear(e).anchor([w])
+        assert 0 <= lower <= smoothed_nuclear(w, e) <= fresh.value * (1 + fresh.slack)
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (2048, 256)])
 def test_bounds_hold_at_real_size(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     w0 = torch.randn(shape, generator=generator)
-    found = anchor(w0)
+    found = Nuclear().anchor([w0])
     for step in (0.0, 0.03):
         w = w0 + step * torch.randn(shape, generator=generator)
-        lower, upper = bounds(w, found).tolist()
-        assert lower <= smoothed_nuclear(w, 0.0) <= upper
-        assert upper - lower <= 0.01 * lower
+        exact = float(torch.linalg.svdvals(w.double()).sum())
+        assert 0.99 * exact <= found.lower([w]) <= exact
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_at_the_anchor_bounds_are_tight(smoothing: float) -> None:
-    w = torch.randn(40, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = anchor(w, smoothing)
-    lower, upper = bounds(w, found, smoothing).tolist()
-    assert lower == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)  # float64 rounding
-    assert upper - lower <= 1e-12 * lower  # the margin for rounding: 64 eps times 4 to 10
-    assert float(found.value) == pytest.approx(smoothed_nuclear(w, smoothing), rel=1e-12)
+@pytest.mark.parametrize("energy", [OperatorNorm(), KyFan(3), SpectralKSupport(3), Nuclear(0.1)])
+def test_bounds_of_other_spectral_energies(energy: MatrixEnergy) -> None:
+    draw, generator = random.Random(repr(energy)), torch.Generator().manual_seed(2)
+    for _ in range(300):
+        w0 = torch.randn(draw.randint(3, 20), draw.randint(3, 20), generator=generator)
+        w = w0 + draw.choice([0, 1e-3, 0.1, 10]) * torch.randn(w0.shape, generator=generator)
+        assert isinstance(energy, Anchored)
+        assert energy.anchor([w0]).lower([w]) <= float(energy.value(w.double()))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_at_the_anchor_the_bound_is_tight(smoothing: float) -> None:
+    w = torch.randn(20, 30, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = Nuclear(smoothing).anchor([w])
+    exact = smoothed_nuclear(w, smoothing)
+    assert exact * (1 - 1e-12) <= found.lower([w]) <= exact  # float64 rounding, and the margin for it
 
 
 def test_the_gap_grows_as_the_square_of_the_distance() -> None:
     generator = torch.Generator().manual_seed(3)
     w, d = torch.randn(2, 60, 30, generator=generator, dtype=torch.float64)
-    found = anchor(w)
-    gaps = []
-    for t in (1e-3, 2e-3):
-        lower, upper = bounds(w + t * d, found).tolist()
-        gaps.append(upper - lower)
+    found = Nuclear().anchor([w])
+    gaps = [smoothed_nuclear(w + t * d, 0.0) - found.lower([w + t * d]) for t in (1e-3, 2e-3)]
     assert gaps[1] / gaps[0] == pytest.approx(4, rel=0.02)  # terms of third order: 2e-3 of it, and more
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-25, 1e25])
-def test_zero_and_extreme_weights_are_renewed_at_every_step(scale: float) -> None:
+def test_zero_and_extreme_weights_have_an_anchor(scale: float) -> None:
     w = scale * torch.ones(4, 3)
-    found = anchor(w)
-    assert bounds(w, found).tolist()[1] == math.inf
-    assert found.directions.numel() == 0
-    assert bool(found.gradient.isfinite().all())
-    assert float(found.value) == pytest.approx(scale * math.sqrt(12), rel=1e-6)
+    found = Nuclear().anchor([w])
+    assert bool(found.gradients[0].isfinite().all())
+    assert found.value == pytest.approx(scale * math.sqrt(12), rel=1e-6)  # float32 rounding
+    assert 0 <= found.lower([w]) <= found.value
 
 
 def test_bounds_of_half_precision() -> None:
     generator = torch.Generator().manual_seed(5)
     w0 = torch.randn(30, 20, generator=generator).bfloat16()
     w = (w0.float() + 0.02 * torch.randn(30, 20, generator=generator)).bfloat16()
-    found = anchor(w0)
-    lower, upper = bounds(w, found).tolist()  # of the exact numbers that the weights are
-    assert lower <= smoothed_nuclear(w, 0.0) <= upper
-    assert upper - lower <= 0.02 * lower
+    lower = Nuclear().anchor([w0]).lower([w])  # of the exact numbers that the weights are
+    exact = smoothed_nuclear(w, 0.0)
+    assert 0.97 * exact <= lower <= exact  # Q is rounded to bfloat16
+
+
+def test_excess_norm_is_a_bound() -> None:
+    generator = torch.Generator().manual_seed(7)
+    for size in (1e-6, 1e-4, 1e-2):
+        q = torch.linalg.qr(torch.randn(40, 20, generator=generator))[0]
+        q[:, :5] = 0  # a partial isometry
+        moved = q + size * torch.randn(40, 20, generator=generator)
+        exact = float(torch.linalg.svdvals(moved.double())[0]) - 1
+        assert exact <= excess_norm(moved) <= 40 * size + 1e-4
 
 
 def test_graph_bounds_always_hold() -> None:
@@ -109,14 +123,35 @@ def test_graph_bounds_always_hold() -> None:
         sizes = [draw.randint(1, 20) for _ in range(draw.randint(2, 6))]
         dtype = draw.choice([torch.float32, torch.float64])
         layers = [torch.randn(b, a, generator=generator, dtype=dtype) for a, b in itertools.pairwise(sizes)]
-        gradients, memory = graph_anchor(layers)
+        found = GraphEnergy().anchor(layers)
         size = draw.choice([0, 1e-6, 1e-3, 0.01, 0.1, 1, 10])
         moved = [w + size * torch.randn(w.shape, generator=generator, dtype=dtype) for w in layers]
-        lower, upper = graph_bounds(moved, gradients, memory).tolist()
+        fresh = GraphEnergy().anchor(moved)
         exact = float(graph.energy([w.double() for w in moved]))
-        assert 0 <= lower <= exact <= upper
-        if size == 0:
-            assert upper - lower <= 1e-3 * lower  # eigenvectors of a float32 Gram matrix: sqrt(eps) sigma_1 each
+        assert 0 <= found.lower(moved) <= exact <= fresh.value * (1 + fresh.slack)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.inner(x).relu())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Residual(), nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3, padding=1))],
+    ids=["skip", "convolutions"],
+)
+def test_bounds_of_other_graphs_hold(model: nn.Module) -> None:
+    energy, named = GraphEnergy().for_model(model)
+    generator = torch.Generator().manual_seed(8)
+    for size in (0.0, 1e-3, 0.1, 1.0):
+        w0 = [torch.randn(p.shape, generator=generator) for _, p in named]
+        moved = [w + size * torch.randn(w.shape, generator=generator) for w in w0]
+        assert energy.anchor(w0).lower(moved) <= float(energy.value([w.double() for w in moved]))
 
 
 # ---------------------------------------------------------------------- in training
@@ -152,10 +187,15 @@ def training(
 def test_the_gap_is_kept_at_a_fraction_of_the_decompositions(energy: str) -> None:
     model = network()
     step, reg, _ = training(model, energy=energy, gap=0.05)
-    for _ in range(100):
+    placed, kept = reg.placed[0], reg._amortized[reg.placed[0].key]
+    for k in range(100):
         step()
-        for line in reg.wear()[reg.placed[0].key]:
-            assert line.upper - line.lower <= 0.05 * line.lower
+        if k > 5:  # the first steps find out how the gap grows
+            exact, lower = placed.value_and_gradients()[0], sum(line.lower for line in reg.wear()[placed.key])
+            found = kept.value()
+            assert found <= exact * (1 + 1e-5)  # float32
+            assert exact - found <= 0.08 * exact  # 5 %, and one step of a fast network more
+            assert lower > 0
     counts = [line.refreshes for line in reg.wear()[reg.placed[0].key]]
     assert max(counts) < 50
     assert min(counts) >= 1
@@ -258,7 +298,9 @@ def test_a_gap_out_of_range_is_refused(gap: object) -> None:
         Regularizer(network(), "nuclear", gap=gap)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("energy", ["squared_frobenius", "graph(absolute=True)", "nuclear@prox", "nuclear@monitor"])
+@pytest.mark.parametrize(
+    "energy", ["squared_frobenius", "graph(absolute=True)", "schatten(p=0.5)", "nuclear@prox", "nuclear@monitor"]
+)
 def test_energies_without_bounds_are_refused(energy: str) -> None:
     with pytest.raises(UsageError, match="certified bounds"):
         Regularizer(network(), energy, gap=0.01)
@@ -278,23 +320,17 @@ def test_other_terms_of_a_sum_act_as_ever() -> None:
     assert "0.05" in reg.describe()
 
 
-def test_an_anchor_is_a_flat_mapping_of_tensors() -> None:
-    found = anchor(torch.eye(3))
-    assert isinstance(found, Anchor)
-    assert all(isinstance(v, Tensor) for v in found)
-
-
 def test_weights_that_rest_and_then_move_are_looked_at() -> None:
     """A rate of learning that rises is seen at once, a jump of the weights within 20 steps."""
     model = network()
     step, reg, optimizer = training(model, rate=1e-6, energy="1e-3*nuclear", gap=0.05)
     for _ in range(100):
         step()
-    assert [line.refreshes for line in reg.wear()["nuclear"]] == [1, 1, 1]
+    assert max(line.refreshes for line in reg.wear()["nuclear"]) <= 8  # at most twice as far from one to the next
     optimizer.param_groups[0]["lr"] = 0.5
     looks = [line.looks for line in reg.wear()["nuclear"]]
     step()
-    assert [line.looks - before for line, before in zip(reg.wear()["nuclear"], looks)] == [1, 1, 1]
+    assert all(line.looks > before for line, before in zip(reg.wear()["nuclear"], looks))
     optimizer.param_groups[0]["lr"] = 0.0
     for _ in range(100):
         step()
@@ -304,7 +340,7 @@ def test_weights_that_rest_and_then_move_are_looked_at() -> None:
         step()
     assert all(line.refreshes > count for line, count in zip(reg.wear()["nuclear"], before))
     for block, line in zip(reg.blocks, reg.wear()["nuclear"]):
-        assert line.lower == pytest.approx(smoothed_nuclear(block.matrix, 0.0), rel=0.05)
+        assert line.upper == pytest.approx(smoothed_nuclear(block.matrix, 0.0), rel=0.05)
 
 
 def test_a_state_without_a_gap_starts_afresh() -> None:

@@ -275,10 +275,31 @@ def test_neighbors_by_their_definitions() -> None:
         assert float(SpectralIsometry().value(matrix)) == pytest.approx(norm, rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-6, 1e-4, 1e-2, 1.0])
+def test_the_smallest_angle_is_accurate_at_both_of_its_ends(gap: float, dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    for sign, angle in ((-1.0, math.pi - gap), (1.0, gap)):
+        w = torch.tensor([[2.0, 0.0, 0.0], [sign * 3 * math.cos(gap), 3 * math.sin(gap), 0.0]], dtype=dtype)
+        value, grad = MinimumAngle().value_and_grad(w)
+        # directions, distances and arc tangent round once each
+        assert float(value) == pytest.approx(-angle, rel=4 * eps)
+        # the angle's gradient by a neuron is a unit vector over the neuron's norm; none where no direction is left
+        lengths = torch.zeros(2, dtype=dtype) if gap == 0.0 else torch.tensor([1 / 2, 1 / 3], dtype=dtype)
+        torch.testing.assert_close(grad.norm(dim=1), lengths, rtol=16 * eps, atol=0.0)
+
+
 def test_uniformity_of_the_sphere() -> None:
     """The value of uniform directions on S^63, -3.875235590 at t = 2, to the deviation of 3000 samples."""
     value = Uniformity(t=2.0).value(normal(3000, 64, seed=4))
     assert float(value) == pytest.approx(-3.875235590, abs=2e-3)
+
+
+def test_advice_on_overflow_names_only_what_the_energy_has() -> None:
+    w = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1e-5, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    with pytest.raises(NonFiniteError, match="smaller s") as caught:
+        HypersphericalEnergy(s=70.0).value(w)  # 1e5^70 is beyond float64
+    assert "r_min" not in str(caught.value)
 
 
 def test_nan_is_named() -> None:

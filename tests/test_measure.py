@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import groundstate as gs
 from groundstate.energies import L1, GraphEnergy, MatrixEnergy, Nuclear, SquaredFrobenius, registered
+from groundstate.energies.graph import ConvolutionGraphEnergy
 from groundstate.errors import UsageError
 from groundstate.measure import Row, Table, measure
 
@@ -189,6 +191,17 @@ def test_nan_in_a_bias_is_found_and_infinite_masks_are_ordinary() -> None:
     assert [r.status for r in table.rows] == ["non-finite", "skipped"]
 
 
+@pytest.mark.parametrize("widths", [(1, 5), (5, 1)])
+def test_an_analyzed_row_says_why_an_energy_has_no_value(widths: tuple[int, int]) -> None:
+    table = measure(nn.Linear(*widths), "mhe + mma + nuclear")
+    row = table.rows[0]
+    assert (row.status, set(row.values)) == ("analyzed", {"nuclear"})
+    assert row.reason.startswith(f"mhe, mma: {widths[1]} x {widths[0]} (neurons x weights of each) is too small")
+    assert any(n.startswith("mhe, mma: the total is without weight") for n in table.notes)
+    assert row.reason in table.to_csv()
+    assert measure(nn.Linear(2, 2), "mhe").rows[0].reason == ""
+
+
 # Network energies
 
 
@@ -216,6 +229,26 @@ def test_graph_energy_that_cannot_be_had_is_a_note_or_an_error_where_it_is_all_t
         measure(state, GraphEnergy())
     with pytest.raises(UsageError):
         measure(nn.LSTM(3, 3), "graph")
+
+
+def test_graph_energy_of_wide_convolutions_is_left_out_by_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes 2 + 4 and 3, one matrix for each of the 9 frequencies of 16 pixels: 9 * 3^2 * 6 = 486."""
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 4, 1))
+    value = measure(model, "graph").totals["graph"]
+    module = importlib.import_module("groundstate.measure")
+    monkeypatch.setattr(module, "MAX_QUICK_COST", 485)
+    assert any("9 matrices of 3 x 6" in n and "by name" in n for n in measure(model).notes)
+    assert measure(model, "graph").totals["graph"] == value
+    monkeypatch.setattr(module, "MAX_QUICK_COST", 486)
+    assert measure(model).totals["graph"] == value
+    monkeypatch.setattr(module, "MAX_COST", 485)
+    table = measure(model, "graph + nuclear")
+    assert set(table.totals) == {"nuclear"}
+    assert any("ConvolutionGraphEnergy(size=4)" in n for n in table.notes)
+    with pytest.raises(UsageError, match="9 matrices"):
+        measure(model, "graph")
+    fewer = ConvolutionGraphEnergy(size=4)
+    assert measure(model, fewer).totals["graph"] == pytest.approx(float(fewer.value(model).detach()), rel=1e-6)
 
 
 def test_energies_that_weights_do_not_have_are_refused() -> None:
@@ -277,6 +310,39 @@ def test_data_gives_loss_and_accuracy() -> None:
         measure(model.state_dict(), "nuclear", data=(x, y))
     with pytest.raises(UsageError, match="as many labels"):
         measure(model, "nuclear", data=(x, y[:5]))
+    assert measure(model, "nuclear", data=(x, None)).evaluation == {}
+
+
+def test_loss_of_real_targets_is_the_mean_squared_error() -> None:
+    model, x = mlp(19, 6, 4), torch.randn(1500, 6, generator=generator(20))
+    y = torch.randn(1500, 4, generator=generator(21))
+    with torch.no_grad():
+        expected = float((model(x).double() - y.double()).square().mean())
+    found = measure(model, "nuclear", data=(x, y)).evaluation
+    assert found == pytest.approx({"loss": expected}, rel=1e-6)  # float32 outputs
+    one = nn.Sequential(model, nn.Linear(4, 1))
+    with torch.no_grad():
+        expected = float((one(x)[:, 0].double() - y[:, 0].double()).square().mean())
+    assert measure(one, "nuclear", data=(x, y[:, 0])).evaluation == pytest.approx({"loss": expected}, rel=1e-6)
+
+
+def test_a_single_logit_is_not_scored_and_its_energies_are() -> None:
+    model, x, y = mlp(22, 6, 5, 1), torch.randn(20, 6, generator=generator(23)), torch.arange(20) % 2
+    for labels in (y, torch.zeros_like(y)):
+        table = measure(model, "nuclear + dirichlet", data=(x, labels))
+        assert table.evaluation == {}
+        assert table.totals["nuclear"] > 0
+        assert table.function is not None
+        assert table.function.energies["dirichlet"].value > 0
+        assert any(n.startswith("loss, accuracy: left out: the network has one output") for n in table.notes)
+
+
+@pytest.mark.parametrize("data", [torch.ones(2, 3), (torch.ones(2, 3),), torch.ones(3, 3), None])
+def test_data_must_be_a_pair(data: Any) -> None:
+    if data is None:
+        data = (torch.ones(2, 6), torch.zeros(2).long(), 1)
+    with pytest.raises(UsageError, match=r"two tensors \(x, y\)"):
+        measure(mlp(24, 3, 2), "nuclear", data=data)
 
 
 def test_measuring_changes_neither_weights_nor_the_random_numbers() -> None:

@@ -184,7 +184,7 @@ def test_calibration_and_outliers_are_those_of_the_scores(
     [
         (network(5, 6, 5, 3), None, "no labels"),
         (network(5, 6, 5, 3), torch.zeros(20, 3), "no classes"),
-        (network(5, 6, 5, 3), torch.zeros(20), "no classes"),
+        (network(5, 6, 5, 1), torch.zeros(20), "no classes"),
         (network(5, 6, 5, 1), torch.zeros(20, dtype=torch.long), "one output"),
     ],
 )
@@ -316,6 +316,73 @@ def test_bad_data(arguments: Any, says: str) -> None:
         measure_function(network(19, 4, 5, 3), torch.tensor([[1.0, 2.0, 3.0, math.inf]]))
     with pytest.raises(UsageError, match="samples"):
         measure_function(network(19, 4, 5, 3), torch.ones(5, 4), samples=0)
+
+
+IMAGES = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 3))
+TOKENS = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3))
+LATE = torch.zeros(300, 3, dtype=torch.long)
+LATE[299] = 9  # the last sample alone is out of range
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "y", "says"),
+    [
+        (None, torch.ones(6, 7), torch.zeros(6).long(), r"samples of dtype float32 and shape \(7,\).*in_features=4"),
+        (None, torch.ones(4), torch.zeros(4).long(), r"one sample as x\[None\]"),
+        (IMAGES, torch.ones(1, 5, 5), torch.zeros(1).long(), r"one sample as x\[None\]"),
+        (IMAGES[:1], torch.ones(1, 5, 5), torch.zeros(1).long(), r"\(2, 3, 3\).*one sample as x\[None\]"),
+        (None, torch.ones(6, 4).long(), torch.zeros(6).long(), "int64"),
+        (TOKENS, LATE, torch.zeros(300).long(), "out of range"),
+        (None, torch.ones(0, 4), torch.zeros(0).long(), r"input x.*\(0, 4\), which is empty"),
+        (None, torch.ones(6, 4).to_sparse(), torch.zeros(6).long(), "to_dense"),
+        (None, torch.ones(6, 4, device="meta"), torch.zeros(6).long(), "meta"),
+        (None, torch.tensor(1.0), torch.zeros(1).long(), "input x.*single number"),
+        (None, [[1.0] * 4], torch.zeros(1).long(), "input x.*a list: convert"),
+        (None, torch.ones(1, 4), [0], "target y.*a list: convert"),
+        (None, torch.ones(1, 4), torch.tensor(0), "target y.*single number"),
+        (None, torch.ones(6, 4), torch.zeros(5).long(), "6 samples and y 5: give as many"),
+        (None, torch.ones(6, 4), torch.full((6,), 3), r"0\.\.2 for 3 classes, got 3\.\.3: number"),
+        (None, torch.ones(6, 4), torch.full((6,), -1), r"0\.\.2 for 3 classes, got -1\.\.-1: number"),
+        (None, torch.ones(6, 4), torch.zeros(6), r"dtype float32 and shape \(6,\), the network 3.*long"),
+        (None, torch.ones(6, 4), torch.zeros(6).bool(), "got torch.bool: pass class numbers"),
+        (None, torch.ones(6, 4), torch.zeros(6, 3).long(), "argmax"),
+    ],
+)
+def test_data_that_do_not_fit_the_network_are_one_line(model: nn.Module | None, x: Any, y: Any, says: str) -> None:
+    model = network(19, 4, 5, 3) if model is None else model
+    for measured in (
+        lambda: measure_function(model, x, y),
+        lambda: measure_function(model, x, y, energies=[Dirichlet()]),
+        lambda: measure(model, "nuclear", data=(x, y)),
+    ):
+        with pytest.raises(UsageError, match=says) as caught:
+            measured()
+        assert "\n" not in str(caught.value)
+
+
+def test_targets_that_are_not_finite_are_an_error() -> None:
+    for x, y, name in ((math.nan, 0.0, "input x"), (0.0, math.inf, "target y")):
+        with pytest.raises(NonFiniteError, match=name):
+            measure(network(19, 4, 3), "nuclear", data=(torch.full((5, 4), x), torch.full((5, 3), y)))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return self.inner(x), 1
+
+
+def test_an_output_that_is_no_tensor_is_not_scored_and_an_item_of_it_measured() -> None:
+    x, y = data(29, 20, 4, 3)
+    item = Dirichlet(on="output:0")
+    table = measure(Pair(), ["nuclear", item], data=(x, y))
+    assert table.evaluation == {}
+    assert any(n.startswith("loss, accuracy: left out: the output of the network is not one") for n in table.notes)
+    assert table.function is not None
+    assert list(table.function.energies) == [repr(item)]
 
 
 # What it must not change, and what it depends on

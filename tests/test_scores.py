@@ -148,7 +148,7 @@ def test_limits_of_the_temperature() -> None:
     assert fit_temperature(z, torch.tensor([0, 1])) == 0.0
     assert fit_temperature(z, torch.tensor([1, 0])) == math.inf
     assert fit_temperature(torch.full((2, 3), 1e30), torch.tensor([1, 0])) == 1.0
-    assert fit_temperature(torch.zeros(2, 1), torch.tensor([0, 0])) == 1.0
+    assert fit_temperature(torch.zeros(2, 2), torch.tensor([0, 0])) == 1.0
     right = calibration(z, torch.tensor([0, 1]))
     assert (right["temperature"], right["ece_scaled"], right["accuracy"]) == (0.0, 0.0, 1.0)
     wrong = calibration(z, torch.tensor([1, 0]))
@@ -240,15 +240,23 @@ def test_low_precision_is_scored_in_double(dtype: torch.dtype) -> None:
     assert math.isfinite(brier(p, y, logits=False))  # rows that sum to 1 only in their dtype
 
 
-def test_one_sample_and_one_class() -> None:
-    assert calibration(torch.zeros(1, 1), torch.tensor([0])) == {
-        "nll": 0.0,
-        "ece": 0.0,
-        "ece_scaled": 0.0,
-        "temperature": 1.0,
-        "brier": 0.0,
-        "accuracy": 1.0,
-    }
+def test_one_sample() -> None:
+    found = calibration(torch.zeros(1, 2), torch.tensor([0]))
+    by_hand = {"nll": math.log(2), "ece": 0.5, "ece_scaled": 0.5, "temperature": 1.0, "brier": 0.5, "accuracy": 1.0}
+    assert found == pytest.approx(by_hand, rel=1e-12)  # float64
+
+
+def test_one_logit_is_refused_and_two_that_equal_it_are_scored_by_its_sign() -> None:
+    z, y = torch.tensor([[1.5], [-0.5], [2.0]]), torch.tensor([1, 0, 0])
+    for score in (negative_log_likelihood, accuracy, expected_calibration_error, brier, calibration, fit_temperature):
+        with pytest.raises(UsageError, match=r"\[0 \* z, z\]"):
+            score(z, y)
+    with pytest.raises(UsageError, match="no score of each class"):
+        predictive_entropy(z)
+    two = torch.cat([0 * z, z], 1)
+    assert accuracy(two, y) == pytest.approx(2 / 3, rel=1e-12)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(z.double()[:, 0], y.double())
+    assert negative_log_likelihood(two, y) == pytest.approx(float(expected), rel=1e-12)  # the same sum in float64
 
 
 @pytest.mark.parametrize("score", [negative_log_likelihood, accuracy, expected_calibration_error, brier, calibration])

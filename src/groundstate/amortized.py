@@ -1,22 +1,27 @@
-"""Energies at next to no cost: a gradient is kept until a certificate says that it is too old.
+"""Energies at next to no cost: a gradient is kept until it is too far from a fresh one.
 
-Idea: training moves weights by little at a step, a decomposition costs much, and its gradient stays good for long. An
-`Anchored` energy bounds itself from one decomposition, from below and from above, so nobody has to guess for how long::
+Idea: training moves weights by little at a step, a decomposition costs much, and its gradient stays good for long. How
+good a kept gradient G still is shows when the next decomposition gives E(W) anyway: a convex energy is at least
+<G, W> + shift (`groundstate.norms.subgradient`), and what is missing,
 
-    lower <= E(W) <= upper,    kept until a look finds  (upper - lower) / lower > gap, or nearly
+    gap  =  E(W) - (<G, W> + shift)  >=  0,
 
-The gradient that acts is the subgradient at the anchor, so that a step in between costs one addition and nothing that
-waits for a device. The bounds are looked at less often than at every step: the gap grows like the square of the age or
-slower, so each look says when it is worth looking again: before it is predicted to pass, at twice the age at most, and
-after 20 steps or where the learning rate doubles anyhow. Between looks the gap may pass; `Wear.widest` tells by how
-much. Anchors of different weights are renewed at different steps: in the mean of a step as many are due as their ages
-say, and where none is forced, the oldest, relative to its limit, is renewed early.
+is what a fresh gradient could find and the kept one cannot. Near the anchor W0 it grows as the square of the way from
+there, and the factor hardly changes in training (by 4 to 15 % from one renewal to the next)::
+
+    gap  =  kappa ||W - W0||_F^2,      kappa as found at the last renewal
+
+So no bound has to be computed in between: the way from the anchor, which costs what one more momentum would, is
+measured now and then, and extrapolated in the steps between. A term is given one gap, of the sum over its weights.
+While the predicted sum is below it nothing is done; then the weight is renewed for which that saves most, so that
+renewals spread over the steps by themselves, and cheap weights are renewed more often. At each renewal the gap that had
+opened is known for certain; `Wear` tells the widest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,14 +29,17 @@ import torch
 from torch import Tensor
 
 from groundstate.blocks import Block
-from groundstate.energies.capabilities import Anchored
+from groundstate.energies.capabilities import Anchor, Anchored
 from groundstate.errors import UsageError
+from groundstate.norms.spectral import working_dtype
 
-_FIRST = 0.7  # of the predicted remaining age, until the next look; then all of it
+_AIM = 0.9  # of the gap, where anchors are renewed: predictions are 4 to 15 % off
+_OWN = 3.0  # gaps that one weight may have by itself, where others leave it the room
+_REACH = 4.0  # times the gap found last, beyond which kappa is not trusted
 _LONGEST = 20  # steps without a look: weights may rest for long, and then be moved by something else
-_WORTH = 0.12  # with less than this part of its limit left an anchor is renewed, which costs no more than further looks
-_RIPE = 0.6  # of its limit, before which no anchor is renewed early
-_FIGURES = ("refreshed", "limit", "due", "first", "lower", "upper", "refreshes", "looks", "widest")
+_STALE = 1.15  # ratio of ages beyond which a prediction is checked before a renewal
+_FIGURES = ("value", "shift", "slack", "kappa", "found", "refreshed", "looked", "way", "lower", "upper", "refreshes",
+            "looks", "widest", "age")  # fmt: skip
 
 
 class Wear(NamedTuple):
@@ -40,10 +48,11 @@ class Wear(NamedTuple):
     Attributes:
         name: The weight, or the weights.
         refreshes: Decompositions.
-        looks: Evaluations of the bounds.
-        lower, upper: The last bounds.
-        widest: The largest relative distance of the bounds seen at a look, after which the anchor was renewed.
-        limit: Age, in steps, at which the gap is predicted to be reached.
+        looks: Measurements of the way from the anchor.
+        lower, upper: Certified bounds of the energy at the last renewal, by the gradient kept until then and by the
+            decomposition.
+        widest: The largest relative distance of such bounds.
+        age: Steps from the last renewal but one to the last.
     """
 
     name: str
@@ -52,7 +61,7 @@ class Wear(NamedTuple):
     lower: float
     upper: float
     widest: float
-    limit: float
+    age: int
 
 
 @dataclass
@@ -61,50 +70,89 @@ class _Unit:
 
     energy: Anchored
     blocks: tuple[Block, ...]
+    cost: float  # of a renewal, in any unit
     gradients: list[Tensor] = field(default_factory=list)
-    memory: dict[str, Tensor] = field(default_factory=dict)
+    origin: list[Tensor] = field(default_factory=list)  # W0
+    value: float = 0.0
+    shift: float = 0.0
+    slack: float = 0.0
+    kappa: float = math.inf
+    found: float = math.inf
     refreshed: float = -1.0
-    limit: float = math.inf
-    due: float = 0.0
-    first: float = 0.0
+    looked: float = 0.0
+    way: float = -1.0  # ||W - W0||_F^2 at the last look; negative before the first one
     lower: float = 0.0
     upper: float = math.inf
     refreshes: float = 0.0
     looks: float = 0.0
     widest: float = 0.0
+    age: float = 0.0
 
     @property
     def name(self) -> str:
         return ", ".join(b.name for b in self.blocks)
 
     def weights(self) -> list[Tensor]:
-        return [b.matrix for b in self.blocks]
+        return [b.matrix.detach() for b in self.blocks]
+
+    def predicted(self, step: int) -> float:
+        """The gap now: the way from the anchor is taken to grow like the age, until a look as it did last time."""
+        age = step - self.refreshed
+        if age == 0 or self.way == 0.0:
+            return 0.0
+        if self.way < 0:
+            return self.found * (age / self.age) ** 2 if self.age else math.inf
+        return self.kappa * self.way * (age / (self.looked - self.refreshed)) ** 2
+
+    def stale(self, step: int) -> bool:
+        """Whether the prediction is too old to renew for it."""
+        return self.way < 0 or step - self.refreshed > _STALE * (self.looked - self.refreshed)
+
+    def look(self, step: int) -> None:
+        """Measures the way from the anchor; at the anchor's own step there is none yet."""
+        if step == self.refreshed:
+            return
+        pairs = zip(self.weights(), self.origin, strict=True)
+        found = sum(float(torch.dist(_work(w, self.value), _work(o, self.value))) ** 2 for w, o in pairs)
+        self.looks += 1
+        self.looked, self.way = step, math.inf if math.isnan(found) else found
+
+    def alone(self, gap: float) -> float:
+        """The gap at which it is renewed whatever the others do."""
+        return min(_OWN * gap * self.value, _REACH * self.found)
+
+
+def _work(w: Tensor, value: float) -> Tensor:
+    """In a dtype that holds the squares of steps of weights whose norm is about ``value``."""
+    return w.to(working_dtype(w.dtype) if 1e-9 < value < 1e15 else torch.float64)
+
+
+def _cost(block: Block) -> float:
+    """What a decomposition takes on a processor, in units of 27 ps, by four shapes that were timed."""
+    m, n = max(block.matrix.shape), min(block.matrix.shape)
+    return 8e6 + n * n * (m + 15.0 * n)
 
 
 class Amortized:
     """The kept gradients of one term.
 
     Args:
-        energy: The energy.
-        blocks: The weights.
-        per_block: Whether it acts on each weight by itself, or on all of them together.
-        gap: Largest relative distance of the bounds.
+        energies: The energy at each weight, or one for all of them together.
+        groups: The weights of each energy.
+        gap: Largest distance of the energy of the term from its lower bound, relative to it.
         named: Calls a function of weights such that a `NonFiniteError` names the energy and the weight given.
     """
 
     def __init__(
         self,
-        energy: Anchored,
-        blocks: tuple[Block, ...],
-        per_block: bool,
+        energies: Sequence[Anchored],
+        groups: Sequence[tuple[Block, ...]],
         gap: float,
         named: Callable[[str, Callable[[list[Tensor]], Any], list[Tensor]], Any],
     ) -> None:
-        groups = [(b,) for b in blocks] if per_block else [blocks]
-        self.units = [_Unit(energy, group) for group in groups]
+        self.units = [_Unit(e, g, sum(map(_cost, g))) for e, g in zip(energies, groups, strict=True)]
         self.gap = gap
         self._named = named
-        self._credit = 0.0
         self._rate = math.inf
 
     def gradients(self, step: int) -> list[tuple[Block, Tensor]]:
@@ -113,17 +161,20 @@ class Amortized:
         Raises:
             NonFiniteError: names the energy and the weight.
         """
-        forced = [u for u in self.units if step >= u.due and not self._good(u, step)]
-        for unit in forced:
-            self._renew(unit, step)
-        self._credit += sum(1 / u.limit for u in self.units)
-        if forced:
-            self._credit = max(self._credit - len(forced), 0.0)
-        elif self._credit >= 1.0:
-            oldest = max(self.units, key=lambda u: (step - u.refreshed) / u.limit)
-            if step - oldest.refreshed >= max(_RIPE * oldest.limit, 1.0):
-                self._renew(oldest, step)
-            self._credit = 0.0
+        for unit in self.units:
+            if unit.refreshed < 0:
+                self._renew(unit, step)
+            elif step - max(unit.looked, unit.refreshed) >= _LONGEST:
+                unit.look(step)
+        self._renew_alone(step)
+        known = [u for u in self.units if u.kappa < math.inf]
+        room = _AIM * self.gap * sum(u.value for u in self.units)
+        while known and sum(u.predicted(step) for u in known) > room:
+            worst = max(known, key=lambda u: u.predicted(step) * (step - u.refreshed) / u.cost)
+            if worst.stale(step):
+                worst.look(step)
+            else:
+                self._renew(worst, step)
         return [(b, g) for u in self.units for b, g in zip(u.blocks, u.gradients, strict=True)]
 
     def act(self, step: int, valued: bool, rate: float) -> tuple[float, list[tuple[Block, Tensor]]]:
@@ -136,7 +187,8 @@ class Amortized:
         """
         if rate > 2 * self._rate:
             for unit in self.units:
-                unit.due = min(unit.due, step)
+                if unit.refreshed >= 0:
+                    unit.look(step)
             self._rate = rate
         self._rate = min(self._rate, rate)
         grads = self.gradients(step)
@@ -144,54 +196,55 @@ class Amortized:
 
     def value(self) -> float:
         """Returns the certified lower bound of the sum at the weights as they are now; waits for the device."""
-        found = [u.energy.bounds(u.weights(), u.gradients, u.memory)[0] for u in self.units]
-        return float(torch.stack(found).sum())
+        return sum(_anchor(u).lower(u.weights()) for u in self.units)
 
     def wear(self) -> list[Wear]:
         """Returns the counts and the last bounds of each anchor."""
-        return [Wear(u.name, int(u.refreshes), int(u.looks), u.lower, u.upper, u.widest, u.limit) for u in self.units]
+        return [
+            Wear(u.name, int(u.refreshes), int(u.looks), u.lower, u.upper, u.widest, int(u.age)) for u in self.units
+        ]
 
-    def _good(self, unit: _Unit, step: int) -> bool:
-        """Looks at the bounds, and says when to look again."""
-        if unit.refreshed < 0:
-            return False
-        unit.looks += 1
-        lower, upper = unit.energy.bounds(unit.weights(), unit.gradients, unit.memory).tolist()
-        age = step - unit.refreshed
-        wide = (upper - lower) / lower if lower > 0 else math.inf
-        if math.isfinite(wide):
-            unit.widest = max(unit.widest, wide)
-            opened = (wide - unit.first) / max(self.gap - unit.first, 1e-30)
-            unit.limit = max(age / math.sqrt(opened) if opened > 1e-4 else 100.0 * age, 1.0)
-        left = unit.limit - age
-        if not wide <= self.gap or left < max(_WORTH * unit.limit, 1.0):
-            return False
-        unit.lower, unit.upper = lower, upper
-        unit.due = step + max(1, int(min(left if left < age else _FIRST * left, age, _LONGEST)))
-        return True
+    def _renew_alone(self, step: int) -> None:
+        """Renews weights whose own gap is too wide, or out of reach of what is known; of the latter a few at a step."""
+        left = max(4, len(self.units) // 4)
+        for unit in sorted(self.units, key=lambda u: u.refreshed):
+            if unit.predicted(step) > unit.alone(self.gap) and unit.stale(step):
+                unit.look(step)
+            if unit.predicted(step) > unit.alone(self.gap):
+                out_of_reach = unit.kappa == math.inf or unit.predicted(step) <= _OWN * self.gap * unit.value
+                if not out_of_reach or left > 0:
+                    left -= out_of_reach
+                    self._renew(unit, step)
 
     def _renew(self, unit: _Unit, step: int) -> None:
         weights = unit.weights()
-        gradients, memory = self._named(unit.name, unit.energy.anchor, weights)
-        lower, upper = unit.energy.bounds(weights, gradients, memory).tolist()
-        unit.gradients, unit.memory = gradients, memory
-        unit.lower, unit.upper = lower, upper
-        unit.first = (upper - lower) / lower if lower > 0 and math.isfinite(upper) else math.inf
+        at: Anchor = self._named(unit.name, unit.energy.anchor, weights)
+        upper = at.value * (1 + at.slack)
+        if unit.refreshed >= 0:
+            if unit.looked != step or unit.way < 0:
+                unit.look(step)
+            unit.lower, unit.age = _anchor(unit).lower(weights), step - unit.refreshed
+            unit.widest = max(unit.widest, (upper - unit.lower) / unit.lower if unit.lower > 0 else math.inf)
+            # Below the rounding errors nothing is known of the gap but that it is smaller.
+            unit.found = max(upper - unit.lower, 2 * at.slack * at.value)
+            unit.kappa = unit.found / unit.way if 0 < unit.way < math.inf else unit.kappa
+        else:
+            unit.lower = upper
+        unit.value, unit.shift, unit.slack, unit.upper = at.value, at.shift, at.slack, upper
+        unit.gradients, unit.origin = at.gradients, [w.clone() for w in weights]
         unit.refreshes += 1
-        useless = not unit.first < self.gap  # zero or extreme weights, say: exact at every step
-        unit.limit = 1.0 if useless or unit.limit == math.inf else unit.limit
-        unit.refreshed, unit.due = step, step + (1 if useless else max(1, int(min(_FIRST * unit.limit, _LONGEST))))
+        unit.refreshed, unit.looked, unit.way = step, step, -1.0
 
     # ------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Tensor]:
         """Returns everything that the next step depends on, as tensors by name."""
-        found = {"credit": torch.tensor([self._credit, self._rate], dtype=torch.float64)}
+        found = {"rate": torch.tensor(self._rate, dtype=torch.float64)}
         for i, u in enumerate(self.units):
             figures = [getattr(u, name) for name in _FIGURES]
             found[f"{i}/figures"] = torch.tensor(figures, dtype=torch.float64)
             found |= {f"{i}/gradient/{k}": g for k, g in enumerate(u.gradients)}
-            found |= {f"{i}/memory/{k}": v for k, v in u.memory.items()}
+            found |= {f"{i}/origin/{k}": w for k, w in enumerate(u.origin)}
         return {k: v.clone() for k, v in found.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -203,16 +256,24 @@ class Amortized:
         if not state:
             return
         for i, u in enumerate(self.units):
-            gradients = [v for k, v in sorted(state.items()) if k.startswith(f"{i}/gradient/")]
-            fits = f"{i}/figures" in state and len(gradients) in (0, len(u.blocks))
-            if not fits or any(g.numel() != b.matrix.numel() for g, b in zip(gradients, u.blocks, strict=False)):
-                raise UsageError(f"the saved gradients of {u.energy!r} are of other weights than {u.name}")
-        self._credit, self._rate = state["credit"].tolist()
+            for kind in ("gradient", "origin"):
+                saved = _numbered(state, f"{i}/{kind}/")
+                fits = f"{i}/figures" in state and len(saved) in (0, len(u.blocks))
+                if not fits or any(v.shape != b.matrix.shape for v, b in zip(saved, u.blocks, strict=False)):
+                    raise UsageError(f"the saved gradients of {u.energy!r} are of other weights than {u.name}")
+        self._rate = float(state["rate"])
         for i, u in enumerate(self.units):
             for name, value in zip(_FIGURES, state[f"{i}/figures"].tolist(), strict=True):
                 setattr(u, name, value)
             device = u.blocks[0].parameter.device
-            count = sum(k.startswith(f"{i}/gradient/") for k in state)
-            u.gradients = [state[f"{i}/gradient/{k}"].clone().to(device) for k in range(count)]
-            prefix = f"{i}/memory/"
-            u.memory = {k.removeprefix(prefix): v.clone().to(device) for k, v in state.items() if k.startswith(prefix)}
+            u.gradients = [v.clone().to(device) for v in _numbered(state, f"{i}/gradient/")]
+            u.origin = [v.clone().to(device) for v in _numbered(state, f"{i}/origin/")]
+
+
+def _numbered(state: Mapping[str, Tensor], prefix: str) -> list[Tensor]:
+    count = sum(k.startswith(prefix) for k in state)
+    return [state[f"{prefix}{k}"] for k in range(count)]
+
+
+def _anchor(unit: _Unit) -> Anchor:
+    return Anchor(unit.value, unit.gradients, unit.shift, unit.slack)

@@ -83,11 +83,13 @@ class Placed:
         return {b.name: float(_named(self, b.name, self.at(b).value, b.seen(view)).sum()) for b in self.blocks}
 
     def amortized(self, gap: float) -> Amortized | None:
-        """Returns what keeps gradients until the bounds of the energy are ``gap`` apart; ``None``: it has no bounds."""
-        acts = self.coupling in ("grad", "loss")
-        if not (acts and isinstance(self.energy, Anchored) and self.energy.bounded()):
+        """Returns what keeps gradients until they are ``gap`` too old; ``None``: the energy has no bounds."""
+        groups = [(b,) for b in self.blocks] if self.per_block else [self.blocks]
+        energies = [self.at(b) for b in self.blocks] if self.per_block else [self.energy]
+        anchored = [e for e in energies if isinstance(e, Anchored) and e.bounded()]
+        if self.coupling not in ("grad", "loss") or len(anchored) < len(groups) or not groups:
             return None
-        return Amortized(self.energy, self.blocks, self.per_block, gap, partial(_named, self))
+        return Amortized(anchored, groups, gap, partial(_named, self))
 
     def memories(self, probe: Callable[[str], torch.Generator]) -> dict[str, dict[str, Tensor]]:
         """Returns what an evolving energy keeps of each weight before the first step."""
@@ -188,7 +190,7 @@ def keep_gradients(placed: list[Placed], gap: float, every: int) -> dict[str, Am
         UsageError: the gap is not between 0 and 1, terms are to act at some steps only, or none has bounds.
     """
     if not (is_number(gap) and 0 < gap < 1):
-        raise UsageError(f"gap must be a number between 0 and 1, the relative distance of two bounds, got {gap!r}")
+        raise UsageError(f"gap must be a number between 0 and 1, the share of the energy that may open, got {gap!r}")
     if every != 1:
         raise UsageError(f"with a gap terms act at every step: leave every={every} out, or the gap")
     found = {p.key: kept for p in placed if (kept := p.amortized(gap)) is not None}
@@ -196,7 +198,7 @@ def keep_gradients(placed: list[Placed], gap: float, every: int) -> dict[str, Am
         energies = " + ".join(p.key for p in placed) or "none"
         raise UsageError(
             f"no term of {energies} has certified bounds and a gradient, so none can be kept until a gap of {gap:g}: "
-            "leave the gap out, or use nuclear, or graph of a chain of linear layers, acting by grad or in the loss"
+            "leave the gap out, or use a convex spectral energy such as nuclear, or graph, by grad or in the loss"
         )
     return found
 

@@ -26,23 +26,29 @@ from torch import Tensor, nn
 from groundstate.blocks import as_matrix, by_neurons, last_linear, skip_reason
 from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Sum, Term
 from groundstate.energies.capabilities import Grounded, OfModel, OfModule, Spectral
+from groundstate.energies.graph import ConvolutionGraphEnergy
 from groundstate.energies.registry import parse, registered
 from groundstate.errors import NonFiniteError, UsageError
+from groundstate.measure_data import evaluate
 from groundstate.measure_function import measure_function
 from groundstate.measure_table import Row, Status, Table
+from groundstate.norms.conv import frequencies
 from groundstate.norms.spectral import singular_values
 from groundstate.tensors import NamedTensor, TensorList, natural_key, open_tensors
 
 Progress = Callable[[int, int, str], None]
 Energies = str | Energy | Term | Sum | Iterable[str | Energy | Term | Sum]
 
-MAX_GRAPH_NODES = 4096  # nodes of the smaller color class beyond which "all" leaves the graph energy out
+# Nodes of the smaller color class beyond which "all" leaves the graph energy out. Convolutions have a matrix m x n,
+# m <= n, for every frequency: m^2 n times their number is the cost, some 3e9 a second on one core.
+MAX_GRAPH_NODES = 4096
+MAX_QUICK_COST, MAX_COST = MAX_GRAPH_NODES**3, 16 * MAX_GRAPH_NODES**3  # of "all", of those asked for by name
 
 
 def measure(
     source: nn.Module | Mapping[str, Any] | str | Path,
     energies: Energies = "all",
-    data: tuple[Tensor, Tensor] | None = None,
+    data: tuple[Tensor, Tensor | None] | None = None,
     progress: Progress | None = None,
 ) -> Table:
     """Measures the energies of weights.
@@ -53,16 +59,18 @@ def measure(
         energies: A spec such as ``"nuclear + graph"``, energies, or ``"all"``: the first example of every matrix energy
             and of every network energy, and with ``data`` of every energy of the function. Strengths and couplings play
             no part: an energy is measured as it is.
-        data: ``(x, y)``, inputs and class labels (or real targets): adds loss and accuracy of a module, and what
-            `measure_function` finds on some of the samples.
+        data: ``(x, y)``, inputs and class labels (or real targets, or ``None``): adds loss and accuracy of a module,
+            and what `measure_function` finds on some of the samples. A network with one output has no loss and no
+            accuracy by class labels; a note says so.
         progress: Called as ``progress(done, total, name)`` after each tensor, then after each part of the function.
 
     Returns:
         The table. Weights with NaN or infinities have the status ``non-finite`` and are left out of the totals.
 
     Raises:
-        UsageError: an energy that needs data or training, a model without tensors, or only network energies were asked
-            for and the order of the layers is not known.
+        UsageError: an energy that needs data or training, a model without tensors, data that do not fit the model, or
+            only network energies were asked for and none can be had: the order of the layers is not known, say.
+        NonFiniteError: the data have NaN or infinite entries.
         DataError: the path is missing or damaged, or holds more than tensors.
 
     Cost: one set of singular values a weight, O(m n min(m, n)), whatever the number of spectral energies; the memory of
@@ -80,7 +88,7 @@ def measure(
         raise UsageError("there is nothing to measure: the model (or state dict) has no tensor")
     matrix = {k: e for k, e in wanted.items() if isinstance(e, MatrixEnergy)}
     of_function = [e for e in wanted.values() if isinstance(e, FunctionEnergy)]
-    evaluation = {} if data is None else _evaluate(tensors.model, *data)
+    evaluation, told = ({}, []) if data is None else evaluate(tensors.model, data)
     rows: list[Row] = []
     everything = isinstance(energies, str) and energies.strip() == "all"
     output = _output(tensors)
@@ -91,7 +99,7 @@ def measure(
                 progress(done, len(tensors.entries), entry.name)
         totals = _totals(rows, matrix)
         broken = [r.name for r in rows if r.status == "non-finite"]
-        notes = [*tensors.notes, *_left_out(rows, matrix), *_assumed(tensors, rows, matrix)]
+        notes = [*tensors.notes, *told, *_left_out(rows, matrix), *_assumed(tensors, rows, matrix)]
         found, absent = _of_several(tensors, rows, wanted, everything)
         totals |= found
         notes += absent
@@ -123,11 +131,15 @@ def _energies(energies: Energies, with_data: bool) -> dict[str, Energy]:
 
 def _left_out(rows: list[Row], energies: Iterable[str]) -> list[str]:
     """Returns what the totals do not have in them, and why."""
-    notes = []
+    without: dict[tuple[str, ...], list[str]] = {}
     for key in energies:
-        if left := [r.name for r in rows if r.status == "analyzed" and key not in r.values]:
+        left = tuple(r.name for r in rows if r.status == "analyzed" and key not in r.values)
+        without.setdefault(left, []).append(key)
+    notes = []
+    for left, keys in without.items():
+        if left:
             shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-            notes.append(f"{key}: too few neurons, or so many that it must be asked for by name, at {shown}")
+            notes.append(f"{', '.join(keys)}: the total is without {shown}; the reason is in the row")
     if broken := [r.name for r in rows if r.status == "non-finite"]:
         notes.append(f"totals leave out the non-finite tensors: {', '.join(broken)}")
     return notes
@@ -167,31 +179,36 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool,
     matrices = _matrices(entry, tensor)
     spectra = singular_values(matrices).double()
     values, grounds = {}, {}
+    absent: dict[str, list[str]] = {}
     for key, asked in energies.items():
         energy = asked.at_output() if output else asked
-        if isinstance(energy, OfModule):
-            energy = _at_module(energy, entry, matrices)
-            if energy is None:
-                continue
-        seen = matrices if energy.view == "matrix" else by_neurons(matrices, entry.module)
-        slow = quick and energy.quick_rows is not None and seen.shape[-2] > energy.quick_rows
-        if not slow and all(n >= least for n, least in zip(seen.shape[-2:], energy.smallest)):
-            value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(seen)
-            values[key] = float(value.double().sum())
-            if isinstance(energy, Grounded) and seen.ndim == 2:
-                found = _against_ground(energy, values[key], seen)
-                grounds |= {key: found} if found else {}
+        try:
+            if isinstance(energy, OfModule):
+                energy = energy.for_module(entry.module, matrices.shape[-2:] if matrices.ndim == 3 else entry.shape)
+            seen = matrices if energy.view == "matrix" else by_neurons(matrices, entry.module)
+            _refuse_size(energy, seen, quick)
+        except UsageError as error:
+            absent.setdefault(str(error), []).append(key)
+            continue
+        value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(seen)
+        values[key] = float(value.double().sum())
+        if isinstance(energy, Grounded) and seen.ndim == 2:
+            found = _against_ground(energy, values[key], seen)
+            grounds |= {key: found} if found else {}
     figures = _figures(spectra, max(matrices.shape[-2:]), matrices.dtype)
     stack = len(matrices) if matrices.ndim == 3 else 1
-    return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", "", values, grounds, matrices=stack, **figures)
+    why = "; ".join(f"{', '.join(keys)}: {told}" for told, keys in absent.items())
+    return Row(entry.name, entry.shape, entry.dtype, count, "analyzed", why, values, grounds, matrices=stack, **figures)
 
 
-def _at_module(energy: OfModule, entry: NamedTensor, matrices: Tensor) -> MatrixEnergy | None:
-    """Returns the energy at a weight with its geometry, ``None`` where that cannot be known."""
-    try:
-        return energy.for_module(entry.module, matrices.shape[-2:] if matrices.ndim == 3 else entry.shape)
-    except UsageError:
-        return None
+def _refuse_size(energy: MatrixEnergy, seen: Tensor, quick: bool) -> None:
+    """Raises `UsageError` where a matrix is too small to have an energy, or too large to measure it unasked."""
+    rows, columns = seen.shape[-2:]
+    if rows < energy.smallest[0] or columns < energy.smallest[1]:
+        least = "{} x {}".format(*energy.smallest)
+        raise UsageError(f"{rows} x {columns} (neurons x weights of each) is too small, it takes {least} at least")
+    if quick and energy.quick_rows is not None and rows > energy.quick_rows:
+        raise UsageError(f"slow at more than {energy.quick_rows} neurons, here {rows}: ask for it by name")
 
 
 def _assumed(tensors: TensorList, rows: list[Row], energies: Mapping[str, MatrixEnergy]) -> list[str]:
@@ -223,8 +240,7 @@ def _of_several(
     """
     network = {k: e for k, e in energies.items() if isinstance(e, NetworkEnergy)}
     of_model = {k: e for k, e in energies.items() if isinstance(e, OfModel) and k not in network}
-    limit = MAX_GRAPH_NODES if everything else None
-    found, notes = _network(tensors, rows, network, limit) if network else ({}, [])
+    found, notes = _network(tensors, rows, network, everything) if network else ({}, [])
     more, absent = _of_model(tensors.model, of_model)
     notes += [] if everything else absent  # most models have no attention
     if notes and not found and not more and len(network) + len(of_model) == len(energies):
@@ -313,7 +329,7 @@ def _totals(rows: list[Row], energies: Iterable[str]) -> dict[str, float]:
 
 
 def _network(
-    tensors: TensorList, rows: list[Row], energies: Mapping[str, NetworkEnergy], limit: int | None
+    tensors: TensorList, rows: list[Row], energies: Mapping[str, NetworkEnergy], everything: bool
 ) -> tuple[dict[str, float], list[str]]:
     """Returns the network energies, and notes: why they are absent, or what their order was taken from."""
     values: dict[str, float] = {}
@@ -321,17 +337,30 @@ def _network(
     for key, energy in energies.items():
         try:
             placed, layers, told = _placed(energy, tensors, rows)
+            _refuse_cost(placed, layers, everything)
         except UsageError as error:
             notes.append(f"{key}: {error}")
-            continue
-        widths = [layers[0].shape[1], *(w.shape[0] for w in layers)]
-        nodes = min(sum(widths[::2]), sum(widths[1::2]))
-        if limit is not None and nodes > limit:
-            notes.append(f"{key}: left out, an eigenproblem of {nodes} nodes is slow; ask for it by name")
             continue
         values[key] = float(placed.value(layers))
         notes += [f"{key}: {n}" for n in told]
     return values, notes
+
+
+def _refuse_cost(energy: NetworkEnergy, layers: list[Tensor], everything: bool) -> None:
+    """Raises `UsageError` where a network is so large that its energy is left out."""
+    widths = [layers[0].shape[1], *(w.shape[0] for w in layers)]
+    m, n = sorted((sum(widths[::2]), sum(widths[1::2])))
+    if not isinstance(energy, ConvolutionGraphEnergy):
+        if everything and m > MAX_GRAPH_NODES:
+            raise UsageError(f"left out, an eigenproblem of {m} nodes is slow; ask for it by name")
+        return
+    grid = [1 if max(taps) == 1 else energy.size for taps in zip(*(shape[2:] for shape in energy.shapes), strict=True)]
+    count = len(frequencies(grid)[1])
+    what = f"left out, the singular values of {count} matrices of {m} x {n} (one a frequency) are slow"
+    if count * m**2 * n > MAX_COST:
+        raise UsageError(f"{what}; ask for fewer frequencies, as of energies.graph.ConvolutionGraphEnergy(size=4)")
+    if everything and count * m**2 * n > MAX_QUICK_COST:
+        raise UsageError(f"{what}; ask for it by name")
 
 
 def _placed(
@@ -374,35 +403,3 @@ def _ordered(tensors: TensorList, rows: list[Row]) -> tuple[list[Tensor], list[s
     reads = [entries[r.name].read for r in order]
     listed = ", ".join(r.name for r in order)
     return [read().float() for read in reads if read is not None], [f"order of the layers taken from names: {listed}"]
-
-
-def _evaluate(model: nn.Module | None, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Returns cross-entropy and accuracy for class labels, the mean squared error as loss for real targets."""
-    if model is None:
-        raise UsageError("data needs the model itself: a file or a state dict cannot be run")
-    if len(x) != len(y) or not len(x):
-        raise UsageError(
-            f"data must be inputs and as many labels, at least one; got {len(x)} inputs and {len(y)} labels"
-        )
-    modes = [(m, m.training) for m in model.modules()]
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    x = x.to(first.dtype) if first is not None and x.is_floating_point() else x
-    loss, right = 0.0, 0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for inputs, labels in zip(x.split(1024), y.split(1024), strict=True):
-                outputs = model(inputs)
-                if labels.is_floating_point():
-                    if outputs.shape != labels.shape:
-                        raise UsageError(
-                            f"outputs {tuple(outputs.shape)} and real targets {tuple(labels.shape)} differ"
-                        )
-                    loss += float(nn.functional.mse_loss(outputs.double(), labels.double())) * len(labels)
-                    continue
-                loss += float(nn.functional.cross_entropy(outputs, labels, reduction="sum"))
-                right += int((outputs.argmax(-1) == labels).sum())
-    finally:
-        for module, training in modes:
-            module.training = training
-    return {"loss": loss / len(x)} | ({} if y.is_floating_point() else {"accuracy": right / len(x)})

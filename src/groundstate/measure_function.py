@@ -5,9 +5,9 @@ falls under projected gradient ascent, how far the worst perturbations are singu
 of the theorem that ties adversarial training to the spectral norm) and where they stop being so, how honest the
 predicted probabilities are, and how well their entropy tells outliers.
 
-What does not apply to a network (labels that are no classes, inputs without a derivative, skip connections at every
-layer) is left out with a note that says why. The numbers of a part do not depend on which others are measured: each
-draws from the seed anew.
+What does not apply to a network (real targets, a single output, inputs without a derivative, skip connections at
+every layer) is left out with a note that says why; samples that do not fit the network are an error. The numbers of a
+part do not depend on which others are measured: each draws from the seed anew.
 
 References: B. Dherin et al. (2022); C. Scarvelis, J. Solomon (2024); K. Roth, Y. Kilcher, T. Hofmann (2020); C. Guo et
 al. (2017); their equations are in `groundstate.energies`, `groundstate.attack` and `groundstate.scores`.
@@ -34,11 +34,13 @@ from groundstate.jacobian.cuts import Cut, Split, find_cuts
 from groundstate.jacobian.factorized import half_sum, looseness
 from groundstate.jacobian.function import Function, blame, frozen, function
 from groundstate.jacobian.plan import plan_for
+from groundstate.measure_data import check_samples, in_dtype_of, targets, width
 from groundstate.norms import gram
 from groundstate.outliers import families
-from groundstate.scores import auroc, calibration, checked_labels, predictive_entropy
+from groundstate.scores import auroc, calibration, predictive_entropy
 
 Progress = Callable[[int, int, str], None]
+Part = Callable[[torch.Generator], None]
 
 SAMPLES = 512
 RADII = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -115,8 +117,8 @@ def measure_function(
     Args:
         model: The network; nothing of it changes.
         x: Inputs, ``(B, ...)``; taken to the dtype of the parameters.
-        y: Class labels ``(B,)``. Without them, or where they are no classes, only energies, spectrum and cuts are
-            measured.
+        y: Class labels ``(B,)``. Without them, with real targets (as many numbers as outputs), or with a single output,
+            which is no score of each class, only energies, spectrum and cuts are measured.
         energies: What to estimate; default: the first example of every registered energy of the function.
         samples: At most so many samples, drawn by ``seed``.
         seed: Key of the choice of samples and of all probes.
@@ -125,8 +127,9 @@ def measure_function(
         progress: Called as ``progress(done, total, what)``.
 
     Raises:
-        UsageError: no sample, not as many labels, or class labels that the network has no outputs for.
-        NonFiniteError: x or a weight is not finite; it is named. (What overflows without that is left out, with a
+        UsageError: no sample, inputs that the network does not take, not as many labels, labels that are neither
+            classes nor real targets of its outputs.
+        NonFiniteError: x, y or a weight is not finite; it is named. (What overflows without that is left out, with a
             note.)
 
     Cost: a Jacobian spectrum per sample, Jacobians of both halves at every cut for 32 samples, and some 30 attacks of
@@ -143,16 +146,7 @@ def measure_function(
     whole = set(known) <= set(chosen) if whole is None else whole
     x, y = _sample(model, x, y, samples, seed)
     table = FunctionTable(len(x))
-    work = _Work(table, model, x, y)
-    parts: list[tuple[str, Callable[[torch.Generator], None]]] = []
-    if whole or any(_is_ordinary(e) for e in chosen):
-        parts.append(("spectrum", work.spectrum))
-    parts += [(repr(energy), partial(work.energy, energy)) for energy in chosen]
-    if whole:
-        parts.append(("cuts", work.cuts))
-        if work.find_classes():
-            parts += [("robustness", work.robustness), ("alignment", work.alignment)]
-            parts += [("calibration", work.calibration), ("outliers", work.outliers)]
+    parts = _parts(_Work(table, model, x, y), chosen, whole)
     absent: dict[str, list[str]] = {}
     for done, (what, part) in enumerate(parts, 1):
         try:
@@ -165,22 +159,35 @@ def measure_function(
     return table
 
 
+def _parts(work: _Work, energies: list[FunctionEnergy], whole: bool) -> list[tuple[str, Part]]:
+    """Returns the parts of the table that are measured, in order, by name."""
+    parts: list[tuple[str, Part]] = []
+    if whole or any(_is_ordinary(e) for e in energies):
+        parts.append(("spectrum", work.spectrum))
+    parts += [(repr(energy), partial(work.energy, energy)) for energy in energies]
+    reason = work.find_classes()
+    if not whole:
+        return parts
+    parts.append(("cuts", work.cuts))
+    if reason:
+        work.table.notes.append(f"robustness, alignment, calibration, outliers: left out: {reason}")
+    else:
+        parts += [("robustness", work.robustness), ("alignment", work.alignment)]
+        parts += [("calibration", work.calibration), ("outliers", work.outliers)]
+    return parts
+
+
 def _sample(model: nn.Module, x: Tensor, y: Tensor | None, samples: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """Returns some of the samples, in the dtype of the parameters, once all is known to be finite."""
-    if not isinstance(x, Tensor) or x.ndim == 0 or not x.numel():
-        raise UsageError("what a network does is measured on a tensor of inputs (batch, ...), at least one: give some")
-    if y is not None and len(y) != len(x):
-        raise UsageError(f"x has {len(x)} samples and y {len(y)}: expected as many")
+    check_samples(x, y)
     if samples < 1:
         raise UsageError(f"samples must be at least 1, got {samples}")
     if len(x) > samples:
         index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:samples]
         x, y = x[index.to(x.device)], None if y is None else y[index.to(y.device)]
-    parameters = [p.detach() for p in model.parameters() if p.is_floating_point()]
-    if any(not bool(torch.isfinite(t).all()) for t in (x, *parameters)):
+    if any(not bool(torch.isfinite(p.detach()).all()) for p in model.parameters() if p.is_floating_point()):
         raise blame(model, x, "what the network does")
-    x = x.detach()
-    return x.to(parameters[0].dtype) if parameters and x.is_floating_point() else x, y
+    return in_dtype_of(model, x), y
 
 
 def _is_ordinary(energy: FunctionEnergy) -> bool:
@@ -200,25 +207,15 @@ class _Work:
     labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     spectra: tuple[Tensor, str] | NonFiniteError | None = None
 
-    def find_classes(self) -> bool:
-        """Says whether the labels are classes; if not, notes why the parts that need them are absent."""
-        y, reason, outputs = self.y, "", 0
-        if y is None:
-            reason = "there are no labels"
-        elif y.is_floating_point() or y.is_complex() or y.ndim != 1:
-            reason = f"labels of dtype {str(y.dtype).removeprefix('torch.')} and shape {tuple(y.shape)} are no classes"
-        else:
-            try:
-                with frozen(self.model) as run, torch.no_grad():
-                    outputs = run(self.x[:1]).shape[1]
-            except UsageError as error:
-                reason = str(error)
-            if outputs > 1:
-                self.labels = checked_labels(y, len(y), outputs)
-                return True
-            reason = reason or "the network has one output, not one for each class"
-        self.table.notes.append(f"robustness, alignment, calibration, outliers: left out: {reason}")
-        return False
+    def find_classes(self) -> str:
+        """Runs the network on all samples and keeps the labels where they are classes; if not, says why."""
+        found = targets(self.y, width(self.model, self.x))
+        if isinstance(found, str):
+            return found
+        if found.is_floating_point():
+            return "the labels are real targets, no classes"
+        self.labels = found
+        return ""
 
     def spectrum(self, _: torch.Generator) -> None:
         try:

@@ -28,7 +28,7 @@ class Row:
         dtype: Its dtype, empty for what is not a tensor.
         parameters: Its number of entries.
         status: ``analyzed``; ``skipped`` (see ``reason``); ``alias`` of a tensor above it; ``non-finite``.
-        reason: Why it is not analyzed, empty where it is.
+        reason: Why it is not analyzed; of an analyzed tensor, which energies have no value here and why, else empty.
         values: Energies by their spec.
         grounds: For energies with a known ground state, by spec: ``floor`` (a certified lower bound for this shape),
             ``random`` (the value of random directions), ``gap`` = (E - floor) / |floor| and ``uniformity`` =

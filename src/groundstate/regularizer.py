@@ -58,8 +58,9 @@ class Regularizer:
         coupling: The coupling of the terms that name none.
         every: Act at every k-th step only, k times as strong (``grad`` and ``loss``), with k times the step (``prox``).
             Trajectories are observed, and their term acts, at every step.
-        gap: Keep the gradients of energies with certified bounds (nuclear, graph) from step to step, and renew that of
-            a weight when its bounds are found further apart than this share of the energy, say 0.01: see `wear`.
+        gap: Keep the gradients of convex energies that need decompositions (nuclear, graph, ...) from step to step, and
+            renew one before the energy of the term is further above its lower bound than this share, say 0.01: see
+            `wear`.
         select: Comma-separated shell patterns of weight names; default: every matrix and convolution, no biases,
             normalizations, embeddings.
         schedule: Factor on the strengths as a function of the step, or ``"linear:N"``, ``"cosine:N"`` (1 to 0 over N
@@ -235,7 +236,7 @@ class Regularizer:
         if self.every > 1:
             lines.append(f"acting at every {self.every}th step, {self.every} times as strong")
         for kept in self._amortized.values():
-            lines.append(f"gradients kept while their bounds are within {kept.gap:g} of one another")
+            lines.append(f"gradients kept until the energy is {kept.gap:g} of itself above the bound by them")
         lines.append(f"weights ({len(self.blocks)}): {', '.join(b.name for b in self.blocks)}")
         if half := [b.name for b in self.blocks if b.parameter.dtype in (torch.bfloat16, torch.float16)]:
             lines.append(f"half precision ({', '.join(half)}): changes below half a unit in the last place are lost")

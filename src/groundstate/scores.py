@@ -8,7 +8,8 @@ Idea: with p = softmax(logits), confidence c = max_k p_k and N labeled samples::
 
 All work is done in float64. The bins of the expected calibration error have equal widths and are closed on the left;
 the last one is closed on the right too, since a saturated softmax has confidence exactly 1. Ties of scores are
-averaged, never broken by the order of the samples.
+averaged, never broken by the order of the samples. One logit for a sample, as binary networks have, is refused: the
+largest of one number would always be right.
 
 Reference: C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On calibration of modern neural networks" (2017); G. Brier,
 "Verification of forecasts expressed in terms of probability" (1950); Y. Geifman, R. El-Yaniv, "Selective
@@ -28,6 +29,7 @@ from groundstate.errors import NonFiniteError, UsageError
 _PERCENTS = tuple(i / 100 for i in range(1, 101))
 # Rows of probabilities need not sum to 1 more exactly than bfloat16 lets them.
 _UNIT_SUM = 1e-2
+ONE_LOGIT = "of a binary network with the logit z score torch.cat([0 * z, z], 1), of a probability p [1 - p, p]"
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
@@ -38,7 +40,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
         labels: ``(N,)``, integers in 0..C-1.
 
     Raises:
-        UsageError: no samples, a shape or dtype that does not fit, a label out of range.
+        UsageError: no samples, a shape or dtype that does not fit, C < 2, a label out of range.
         NonFiniteError: a logit is NaN or infinite.
 
     >>> round(negative_log_likelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([1])), 6)
@@ -276,11 +278,17 @@ def checked_labels(labels: Tensor, samples: int, classes: int) -> Tensor:
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise UsageError(f"labels must be integers, got {labels.dtype}: pass class numbers, e.g. labels.long()")
     if labels.shape != (samples,):
-        raise UsageError(f"labels must have shape ({samples},), one for each sample, got {tuple(labels.shape)}")
+        raise UsageError(
+            f"labels must have shape ({samples},), one for each sample, got {tuple(labels.shape)}: flatten a column, "
+            "take labels.argmax(1) of one-hot rows"
+        )
     y = labels.detach().long()
     low, high = (int(b) for b in y.aminmax())
     if low < 0 or high >= classes:
-        raise UsageError(f"labels must lie in 0..{classes - 1} for {classes} classes, got {low}..{high}")
+        raise UsageError(
+            f"labels must lie in 0..{classes - 1} for {classes} classes, got {low}..{high}: number the classes from 0, "
+            "or score a network with an output for each"
+        )
     return y
 
 
@@ -293,6 +301,8 @@ def _predictions(predictions: Tensor, logits: bool) -> Tensor:
         )
     if predictions.numel() == 0:
         raise UsageError(f"{name} of shape {tuple(predictions.shape)} are empty: there is nothing to score")
+    if predictions.shape[1] == 1:
+        raise UsageError(f"{name} of shape {tuple(predictions.shape)} are no score of each class: {ONE_LOGIT}")
     z = predictions.detach().double()
     if not bool(z.isfinite().all()):
         row = int((~z.isfinite()).any(1).nonzero()[0])

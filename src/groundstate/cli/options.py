@@ -51,7 +51,7 @@ SETTINGS = (
     Setting("coupling", str, "grad", "How terms that name no @coupling act.", _ENERGY, "grad|prox|loss|monitor"),
     Setting("every", int, "1", "Let energies act at every k-th step only, k times as strong.", _ENERGY, "K"),
     Setting(
-        "gap", float, "none", "Keep gradients of nuclear and graph until bounds are this far apart.", _ENERGY, "SHARE"
+        "gap", float, "none", "Keep gradients of nuclear, graph until this share of the energy opens.", _ENERGY, "SHARE"
     ),
     Setting("select", str, "all matrices", "Which weights, e.g. '*.weight,!4.weight'.", _ENERGY, "PATTERNS"),
     Setting("final_prox", float, "none", "Step length of one prox after the last step.", _ENERGY, "STEP"),

@@ -73,7 +73,8 @@ def _directions(w: Tensor) -> Tensor:
 class MinimumAngle(OfDirections):
     """Minus the mean, over neurons, of the angle to the nearest one (MMA): only nearest neighbors repel.
 
-    Opposite neurons attain the largest angle, pi. Neurons that coincide have no direction to part and get no gradient.
+    Opposite neurons attain the largest angle, pi. Neurons that coincide have no direction to part, opposite ones none
+    to part further, and get no gradient.
 
     >>> MinimumAngle().value(torch.eye(2))  # -pi / 2
     tensor(-1.5708)
@@ -97,9 +98,10 @@ class MinimumAngle(OfDirections):
     def of_directions(self, u: Tensor) -> Tensor:
         with torch.no_grad():
             nearest = torch.cat([_nearest(u, rows) for rows in torch.arange(len(u), device=u.device).split(_ROWS)])
-        chord = torch.linalg.vector_norm(u - u[nearest], dim=-1)
-        # beyond this chord the slope of the arc sine is that of rounding
-        return -2 * torch.asin((chord / 2).clamp_max(1 - 1e-6)).mean()
+        v = u[nearest]
+        # the half angle by both of its sides: the arc sine of one has no digits left where the other is short
+        chord, opposite = torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1)
+        return -2 * torch.atan2(chord, opposite).mean()
 
 
 def _nearest(u: Tensor, rows: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ energies, the `Regularizer` moves ``Proximable`` ones by their prox, and so on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from groundstate.energies.base import MatrixEnergy, NetworkEnergy
+from groundstate.norms.subgradient import inner
 
 
 class Spectral(ABC):
@@ -47,29 +49,44 @@ class Evolving(ABC):
         """
 
 
-class Anchored(ABC):
-    """A convex energy that one decomposition bounds everywhere: its gradient there then serves many steps.
+class Anchor(NamedTuple):
+    """A convex energy at some weights, with what bounds it from below everywhere.
 
-    With `Regularizer(gap=...)` a gradient is kept until the bounds, relative to one another, are found further apart.
+    Attributes:
+        value: E(W0).
+        gradients: A subgradient for each weight.
+        shift: E(W0) - <G, W0>; 0 for norms.
+        slack: Bound of the relative error of the lower bound and of the value, as computed.
+    """
+
+    value: float
+    gradients: list[Tensor]
+    shift: float
+    slack: float
+
+    def lower(self, weights: Sequence[Tensor]) -> float:
+        """Returns a certified lower bound of E at other weights, not negative; waits for the device."""
+        found = inner(self.gradients, weights)
+        return max(found + self.shift - self.slack * (abs(found) + abs(self.shift)), 0.0)
+
+
+class Anchored(ABC):
+    """A convex energy whose gradient costs so much that it should serve many steps.
+
+    With `Regularizer(gap=...)` a gradient is kept until the energy is predicted to be that far above the lower bound
+    that the gradient gives.
     """
 
     def bounded(self) -> bool:
-        """Whether it has bounds with its present options."""
+        """Whether it is convex with its present options."""
         return True
 
     @abstractmethod
-    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Returns a subgradient for each weight, and what `bounds` needs.
+    def anchor(self, weights: Sequence[Tensor]) -> Anchor:
+        """Returns the value and a subgradient, with certified errors.
 
         Args:
             weights: One ``(out, in)`` matrix for an energy of a weight, all layers for an energy of a network.
-        """
-
-    @abstractmethod
-    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-        """Returns certified lower and upper bounds of E at ``weights``, a float64 tensor of two on their device.
-
-        The lower bound is never negative; NaN or infinity say that ``weights`` are not finite, or out of range.
         """
 
 

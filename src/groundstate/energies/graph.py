@@ -20,19 +20,19 @@ Reference: I. Gutman, "The energy of a graph" (1978); V. Nikiforov, "The energy 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
 from groundstate.energies.base import NetworkEnergy, Traits, is_whole, require
-from groundstate.energies.capabilities import Anchored, OfModel
+from groundstate.energies.capabilities import Anchor, Anchored, OfModel
 from groundstate.errors import UsageError
 from groundstate.layers import network_graph
 from groundstate.layers_conv import convolution_chain, has_convolution
 from groundstate.norms import dag, graph, graph_conv
-from groundstate.norms.graph_anchor import graph_anchor, graph_bounds
+from groundstate.norms.subgradient import inner, rounding
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,11 +120,9 @@ class GraphEnergy(NetworkEnergy, Anchored, OfModel):
     def bounded(self) -> bool:
         return not self.absolute
 
-    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        return graph_anchor(weights)
-
-    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-        return graph_bounds(weights, gradients, memory)
+    def anchor(self, weights: Sequence[Tensor]) -> Anchor:
+        value, grads = self.value_and_grad(weights)
+        return Anchor(float(value), grads, 0.0, rounding(grads, weights, float(value)))
 
 
 _ONE_EDGE = dag.Wiring((1, 1), ((0, 1),))
@@ -163,8 +161,9 @@ class WiredGraphEnergy(GraphEnergy):
             return super().value_and_grad(layers)
         return dag.energy_and_grad(self.wiring, layers, self.absolute)
 
-    def bounded(self) -> bool:
-        return False
+    def anchor(self, weights: Sequence[Tensor]) -> Anchor:
+        found = super().anchor(weights)  # identity edges carry a part of the energy that no gradient sees
+        return found._replace(shift=found.value - inner(found.gradients, weights))
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,9 +212,6 @@ class ConvolutionGraphEnergy(GraphEnergy):
             return super().value_and_grad(layers)
         value, grads = graph_conv.energy_and_grad(self._kernels(layers), self.size, self.dilations)
         return value, [g.reshape(w.shape) for g, w in zip(grads, layers, strict=True)]
-
-    def bounded(self) -> bool:
-        return False
 
     def _kernels(self, layers: Sequence[Tensor]) -> list[Tensor]:
         given = [tuple(w.shape) for w in layers]

@@ -8,27 +8,28 @@ are permuted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from torch import Tensor
 
 from groundstate.energies.base import Traits, is_whole, require
-from groundstate.energies.capabilities import Anchored
+from groundstate.energies.capabilities import Anchor
 from groundstate.energies.unitarily_invariant import (
     SpectralNorm,
     SpectralProximable,
     UnitarilyInvariant,
     require_step,
 )
-from groundstate.norms import anchor, gauges, k_support, log_det, spectral
+from groundstate.norms import gauges, k_support, log_det, spectral
 from groundstate.norms.polar import polar
+from groundstate.norms.subgradient import excess_norm
 from groundstate.norms.thresholding import singular_value_threshold
 
 
 @dataclass(frozen=True, repr=False)
-class Nuclear(SpectralNorm, Anchored):
+class Nuclear(SpectralNorm):
     """Nuclear norm, the sum of the singular values: the convex surrogate of the rank.
 
     Its gradient is the polar factor U V^T; its proximal map thresholds the singular values, which makes ranks exact.
@@ -82,12 +83,9 @@ class Nuclear(SpectralNorm, Anchored):
         require_step(step)
         return singular_value_threshold(w, step)
 
-    def anchor(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        found = anchor.anchor(weights[0], self.smoothing)._asdict()
-        return [found.pop("gradient")], found
-
-    def bounds(self, weights: Sequence[Tensor], gradients: Sequence[Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-        return anchor.bounds(weights[0], anchor.Anchor(gradients[0], **memory), self.smoothing)
+    def anchor(self, weights: Sequence[Tensor]) -> Anchor:
+        found = super().anchor(weights)
+        return found if self.smoothing > 0 else found._replace(slack=found.slack + excess_norm(found.gradients[0]))
 
     def _value(self, s: Tensor) -> Tensor:
         return gauges.smoothed_l1(s, self.smoothing)

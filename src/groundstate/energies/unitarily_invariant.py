@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from groundstate.energies.base import MatrixEnergy, require
-from groundstate.energies.capabilities import Dualizable, Proximable, Spectral
+from groundstate.energies.capabilities import Anchor, Anchored, Dualizable, Proximable, Spectral
 from groundstate.norms import spectral
+from groundstate.norms.subgradient import inner, rounding
 
 
 def require_step(step: float) -> None:
@@ -71,7 +73,7 @@ class SpectralProximable(UnitarilyInvariant, Proximable):
 
 
 @dataclass(frozen=True, repr=False)
-class SpectralNorm(SpectralProximable, Dualizable):
+class SpectralNorm(SpectralProximable, Dualizable, Anchored):
     """A function of the singular values with a known dual and linear minimization oracle."""
 
     @abstractmethod
@@ -88,3 +90,8 @@ class SpectralNorm(SpectralProximable, Dualizable):
     def lmo(self, g: Tensor) -> Tensor:
         u, s, vh = spectral.svd(g)
         return -spectral.assemble(u, self._lmo(spectral.above_tolerance(s, g), spectral.tolerance(g)), vh, g)
+
+    def anchor(self, weights: Sequence[Tensor]) -> Anchor:
+        value, gradient = self.value_and_grad(weights[0])
+        shift = 0.0 if self.traits.degree == 1 else float(value) - inner([gradient], weights)
+        return Anchor(float(value), [gradient], shift, rounding([gradient], weights, float(value)))

@@ -39,7 +39,7 @@ class TrainConfig:
         energy: Spec of the energy, e.g. ``"1e-3*nuclear"``; ``"none"`` is the baseline.
         coupling: Coupling of the terms that name none.
         every: Let energies act at every k-th step only, k times as strong.
-        gap: Keep the gradients of nuclear and graph until their bounds are this far apart; default: none are kept.
+        gap: Keep the gradients of nuclear, graph and the like until this share of the energy opens; default: none.
         select: Patterns of weight names; default: all matrices.
         data: ``digits`` (embedded) or ``mnist``.
         data_dir: Folder with local copies of the data.

@@ -176,7 +176,7 @@ def finite(x: Tensor, what: str, rule: Law) -> Tensor:
     if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
         raise NonFiniteError(
             f"the {what} of the hyperspherical energy with s = {rule.s:g} overflows {x.dtype}: neurons nearly coincide "
-            "or are tiny; use float64, a smaller s or a larger r_min"
+            "or are tiny; use float64 weights or a smaller s, or draw such neurons anew"
         )
     return x
 
