@@ -19,6 +19,8 @@ from groundstate.energies.dirichlet import Dirichlet
 from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius, JacobianSpectral
 from groundstate.energies.jacobian_nuclear import JacobianNuclear
 from groundstate.errors import NonFiniteError, UsageError
+from groundstate.jacobian.function import function
+from groundstate.jacobian.plan import plan_for
 
 F64 = torch.float64
 M = TypeVar("M", bound=nn.Module)
@@ -138,6 +140,72 @@ def test_samples_that_influence_one_another_are_refused(energy: JacobianEnergy) 
     for f in (without, coupled, random_forward):
         with pytest.raises(UsageError, match="depends on the other samples"):
             energy.value(f, x, probe=gen())
+
+
+class SoftmaxOverBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(0)
+
+
+class SlightlyCoupled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.01 * x.mean(0)  # about one unit of rounding of bfloat16
+
+
+class Casting(nn.Module):
+    """Runs in one precision only, whatever its weights are cast to."""
+
+    def __init__(self, dtype: torch.dtype, coupled: bool) -> None:
+        super().__init__()
+        self.body, self.dtype, self.coupled = nn.Linear(5, 3), dtype, coupled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x.to(self.dtype))
+        return x.softmax(0) if self.coupled else x
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("coupling", [SoftmaxOverBatch, SlightlyCoupled, nn.BatchNorm1d], ids=lambda c: c.__name__)
+def test_coupled_samples_in_half_precision_are_refused(dtype: torch.dtype, coupling: Any) -> None:
+    layer = coupling(4, track_running_stats=False) if coupling is nn.BatchNorm1d else coupling()
+    net, x = filled(nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 3)), 0, dtype), randn(6, 5)
+    before = copy.deepcopy(net.state_dict())
+    for energy in (PROBED, JacobianFrobenius(samples=None)):
+        with pytest.raises(UsageError, match="depends on the other samples"):
+            energy.value(net, x, probe=gen())
+    after = net.state_dict()
+    assert all(after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items())
+    assert all(isinstance(p, nn.Parameter) for m in net.modules() for p in m._parameters.values())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_runs_in_half_precision_only_is_examined_in_it(dtype: torch.dtype) -> None:
+    x = randn(6, 5)
+    with pytest.raises(UsageError, match="depends on the other samples"):
+        PROBED.value(filled(Casting(dtype, True), 0, dtype), x, probe=gen())
+    with pytest.raises(UsageError, match="depends on the other samples"):
+        PROBED.value(lambda points: points.softmax(0), x.to(dtype), probe=gen())
+    free = filled(Casting(dtype, False), 0, dtype)
+    squared = float(free.body.weight.detach().double().square().sum())
+    assert float(EXACT.value(free, x, probe=gen()).detach()) == pytest.approx(squared, rel=1e-6)  # float32 sum
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_free_samples_in_half_precision_are_no_matter(dtype: torch.dtype) -> None:
+    deep = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(9, 9), nn.LayerNorm(9), nn.GELU())))
+    conv = nn.Sequential(nn.Unflatten(1, (1, 9)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten())
+    chain = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3))
+    for net in (deep, conv, chain):
+        net, x = filled(net, 0, dtype), randn(6, 9, dtype=dtype)
+        with function(net, x) as (run, points):
+            plan = plan_for(run, points)
+        assert (plan.chain is not None) == (net is chain)
+        wide = copy.deepcopy(net).double()
+        with function(wide, x.double()) as (run, points):
+            assert plan_for(run, points).why_no_chain == plan.why_no_chain
 
 
 # ---------------------------------------------------------------------- precision

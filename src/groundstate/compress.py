@@ -52,10 +52,10 @@ class LayerRow:
         parameters_before: Entries of its weight; 0 where a layer above it shares it.
         parameters_after: Entries of its factors, or of the weight that stayed.
         reason: Why it stayed dense.
-        method: ``svd``, ``randomized svd`` or ``data-aware svd`` where it was factored.
+        method: ``svd``, ``randomized svd``, ``adaptive svd`` or ``data-aware svd`` where it was factored.
         output_error: With ``output_tolerance``, the relative error of its own output (without bias) on the data.
         network_error: With ``output_tolerance``, the change of the network's output where it alone is factored.
-        randomized: What is known of the error of a randomized SVD.
+        randomized: Of a randomized or adaptive SVD, what is known of its error beside ``relative_error``.
     """
 
     name: str
@@ -134,14 +134,16 @@ def compress(
             for its weight.
         evaluate: Called on the model before and after, e.g. the accuracy on held-out data.
         example: An input, or a tuple of inputs: the time of a forward pass before and after is measured.
-        generator: For the randomized SVD that ``rank`` takes for large matrices; default: one with seed 0.
+        generator: For the randomized SVD that ``rank`` and ``energy`` take for large matrices; default: of seed 0.
 
     Raises:
         UsageError: not exactly one rule, a value out of range, or a model without any such layer.
         NonFiniteError: a weight holds NaN or infinities; names it.
 
-    Cost: one SVD per layer, randomized where ``rank`` is at most an eighth of sides from 1024 on. With
-    ``output_tolerance``, up to about 4 log2(rank) passes over the data for each layer, and the outputs in memory.
+    Cost: one SVD per layer; randomized where ``rank`` is at most an eighth of sides from 1024 on, or the rank that
+    ``energy`` takes is at most an eighth of sides from 512 on (and may then be one or two in a hundred above the
+    smallest). With ``output_tolerance``, up to about 4 log2(rank) passes over the data for each layer, and the outputs
+    in memory.
 
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> smaller = compress(model, rank=8)
@@ -249,9 +251,9 @@ def _cut(
     layer: Layer, tolerance: float | None, energy: float | None, rank: int | None, generator: torch.Generator
 ) -> Made:
     """Factors a layer at the rank that a rule for its weight gives, where that makes it smaller."""
-    layer.terms = terms_of(layer.name, layer.weight, rank, generator)
+    layer.terms = terms_of(layer.name, layer.weight, generator, rank=rank, energy=energy)
     m, n = layer.sides
-    r = max(cut(layer.terms.s, max(m, n), tolerance=tolerance, energy=energy, rank=rank), 1)
+    r = layer.terms.chosen or max(cut(layer.terms.s, max(m, n), tolerance=tolerance, energy=energy, rank=rank), 1)
     if r <= layer.largest:
         return _factored(layer, r)
     row = _dense(layer.name, layer.modules[0], layer.weight)

@@ -22,6 +22,7 @@ from groundstate.energies.base import (
     Term,
     TrajectoryEnergy,
     is_number,
+    summed,
 )
 from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule, Proximable
 from groundstate.errors import NonFiniteError, UsageError
@@ -80,7 +81,7 @@ class Placed:
         if not isinstance(self.energy, MatrixEnergy):
             return {}
         view = self.energy.view
-        return {b.name: float(_named(self, b.name, self.at(b).value, b.seen(view)).sum()) for b in self.blocks}
+        return {b.name: _named(self, b.name, partial(summed, self.at(b).value), b.seen(view)) for b in self.blocks}
 
     def amortized(self, gap: float) -> Amortized | None:
         """Returns what keeps gradients until they are ``gap`` too old; ``None``: the energy has no bounds."""
@@ -209,7 +210,7 @@ def total_value(p: Placed) -> float | None:
         return sum(p.by_block().values())
     if isinstance(p.energy, NetworkEnergy):
         with torch.no_grad():
-            return float(_named(p, "the layers", p.energy.value, [b.matrix for b in p.blocks]))
+            return _named(p, "the layers", partial(summed, p.energy.value), [b.matrix for b in p.blocks])
     return None
 
 

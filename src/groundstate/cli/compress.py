@@ -247,7 +247,7 @@ def _randomized(rows: list[LayerRow]) -> list[str]:
         if found is None:
             continue
         line = (
-            f"{row.name}: randomized SVD, spectral error at most {100 * found.spectral:.3g} % "
+            f"{row.name}: {row.method.replace('svd', 'SVD')}, spectral error at most {100 * found.spectral:.3g} % "
             f"(fails with probability {found.failure:.0e})"
         )
         if found.from_best is not None:

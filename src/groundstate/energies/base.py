@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, TypeGuard
 
@@ -303,6 +303,19 @@ class Sum:
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.terms)) if self.terms else "none"
+
+
+def summed(value: Callable[[Any], Tensor], weights: Tensor | Sequence[Tensor]) -> float:
+    """Returns the sum of ``value(weights)``, of float64 weights where that of the given ones leaves the range.
+
+    >>> summed(torch.sum, torch.tensor([3e38, 3e38])) / 3e38  # float32 ends at 3.4e38
+    2.0
+    """
+    found = float(value(weights).double().sum())
+    if math.isfinite(found):
+        return found
+    wide = weights.double() if isinstance(weights, Tensor) else [w.double() for w in weights]
+    return float(value(wide).sum())
 
 
 def require(condition: bool, message: str) -> None:

@@ -2,15 +2,19 @@
 
 A plan is kept per module (weakly), per output and input, and per kind of points; it holds the chain for the closed
 form or the reason why there is none, and the routes that were timed. When it is made, two samples tell whether the
-samples of a batch influence one another, in which case no per-sample energy exists.
+samples of a batch influence one another, in which case no per-sample energy exists. Of a network in half precision that
+is asked in float32, on a copy of its weights that lives as long as the question.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +44,8 @@ class Plan:
     facts: dict[str, object] = field(default_factory=dict)
     modules: list[weakref.ref[nn.Module]] = field(default_factory=list)
 
+
+_HALF = torch.bfloat16, torch.float16
 
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Plan]] = weakref.WeakKeyDictionary()
 
@@ -73,26 +79,75 @@ def _found(run: Function, points: Tensor) -> Plan:
 
 def _made(run: Function, points: Tensor) -> Plan:
     index = torch.arange(min(len(points), 2), device=points.device)
+    part, few = run.rows(index), points[index]
     with torch.no_grad():
-        out = run.rows(index)(points[index])
-        scale = float(out.abs().max()) if out.numel() else 0.0
-        if not math.isfinite(scale):
-            raise blame(run.f, points, "the output of the network")
-        if len(index) == 2:
+        out = part(few)
+    if out.numel() and not math.isfinite(float(out.abs().max())):
+        raise blame(run.f, points, "the output of the network")
+    chain, why = _in_single(part, few) or _examined(part, few, out)
+    return Plan(out.shape[1], chain, why)
+
+
+def _in_single(run: Function, points: Tensor) -> tuple[Chain | None, str] | None:
+    """`_examined` in float32 for a network in half precision, whose rounding would hide what is looked for.
+
+    The network itself runs, with float32 copies of its tensors in their places. ``None`` where there is no need, or
+    where it cannot run so (it casts by itself, or the copies do not fit into memory).
+    """
+    if run.module is None:
+        return None
+    named = [*run.module.named_parameters(remove_duplicate=False), *run.module.named_buffers(remove_duplicate=False)]
+    copies: dict[int, Tensor] = {id(t): t.detach().float() for _, t in named if t.dtype in _HALF}
+    if not copies and points.dtype not in _HALF:
+        return None
+    wide = copy.copy(run)
+    if run.start is not None:
+        name, start = run.start
+        wide.start = name, start.float() if start.dtype in _HALF else start
+    try:
+        tensors = {f"module.{name}": copies[id(t)] for name, t in named if id(t) in copies}
+        acting = partial(_examined, wide, points.float())
+        return torch.func.functional_call(_Holder(run.module), tensors, (acting,), tie_weights=False)
+    except UsageError:
+        raise
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+class _Holder(nn.Module):
+    """Lets `torch.func.functional_call` put tensors in a network during any function, hooks of layers included."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, act: Callable[[], Any]) -> Any:
+        return act()
+
+
+def _examined(run: Function, points: Tensor, out: Tensor | None = None) -> tuple[Chain | None, str]:
+    """Returns the chain of a function at one or two points, or why there is none.
+
+    Raises:
+        UsageError: the first sample has another output without the second.
+    """
+    with torch.no_grad():
+        out = run(points) if out is None else out
+        if len(points) == 2:
+            first = torch.zeros(1, dtype=torch.long, device=points.device)
             try:
-                alone = run.rows(index[:1])(points[index[:1]])
+                alone = run.rows(first)(points[:1])
             except (ValueError, RuntimeError) as error:
                 raise UsageError(f"{_COUPLED} (one sample alone: {error})") from error
-            rounding = 1e3 * torch.finfo(out.dtype).eps * scale
-            if float((alone[0] - out[0]).abs().max()) > rounding:
+            gap, size = ((alone[0] - out[0]).abs(), out.abs())
+            if out.numel() and not float(gap.max()) <= _rounding(out.dtype) * float(size.max()):
                 raise UsageError(_COUPLED)
-    chain, why = None, ""
     try:
         chain = chain_of(run)
-        _compare(run, chain, points[index], index)
+        _compare(run, chain, points)
+        return chain, ""
     except UsageError as error:
-        chain, why = None, str(error)
-    return Plan(out.shape[1], chain, why)
+        return None, str(error)
 
 
 _COUPLED = (
@@ -101,9 +156,9 @@ _COUPLED = (
 )
 
 
-def _compare(run: Function, chain: Chain, points: Tensor, index: Tensor) -> None:
+def _compare(run: Function, chain: Chain, points: Tensor) -> None:
     """Refuses a chain that does not compute what the network computes, or has another derivative."""
-    part = run.rows(index)
+    part = copy.copy(run)
     if run.on in ("probabilities", "loss"):
         part.on = "logits"
     leaf = points.detach().requires_grad_()
@@ -126,4 +181,13 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.detach(), b.detach()
-    return float((a - b).abs().max()) <= 1e3 * torch.finfo(a.dtype).eps * max(1.0, float(a.abs().max()))
+    return float((a - b).abs().max()) <= _rounding(a.dtype) * max(1.0, float(a.abs().max()))
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """The share of the largest output by which two ways to compute the same may differ.
+
+    A thousand units of rounding come together in a deep network; in half precision that is more than the outputs, and
+    where nothing but half precision can be had, a sixteenth of them must do.
+    """
+    return min(1e3 * torch.finfo(dtype).eps, 1 / 16)

@@ -20,6 +20,7 @@ matrices" (2016).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -168,13 +169,15 @@ def adaptive_svd(
     block: int = 32,
     power: int = 1,
     probes: int = PROBES,
+    most: int | None = None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns U, S, V^T of a rank that is found: ||W - U S V^T|| <= tolerance ||W||, in one norm.
 
     The sample of the range grows by blocks, each taken from what the blocks before left of W, until that is small
-    enough; then the smallest rank within the tolerance is kept. That rank is at least the smallest possible, and a
-    little larger where the spectrum is flat.
+    enough. One pass over the whole sample makes up for what the early blocks did not know; then the smallest rank
+    within the tolerance is kept. That rank is at least the smallest possible, and one or two in a hundred larger where
+    the spectrum is flat.
 
     Args:
         w: ``(m, n)``, any scale.
@@ -184,6 +187,8 @@ def adaptive_svd(
         block: Columns by which the sample grows.
         power: As in `randomized_svd`.
         probes: As in `low_rank_error`.
+        most: The largest rank to look for. Where it will not do, as soon as that can be foreseen, what was found so
+            far is returned, which is not within the tolerance: its error tells (`low_rank_error`).
         generator: Draws samples and probes.
 
     Returns:
@@ -193,7 +198,7 @@ def adaptive_svd(
         UsageError: an argument out of range, or a batch of matrices.
         NonFiniteError: w holds NaN or infinity.
 
-    Cost: (2 power + 4) products of W with as many columns as the rank, rounded up to blocks; memory of one copy of W.
+    Cost: (2 power + 7) products of W with as many columns as the rank, rounded up to blocks; memory of one copy of W.
 
     >>> u, s, vh = adaptive_svd(torch.diag(torch.tensor([4.0, 3.0, 0.1])), 0.1, generator=torch.Generator())
     >>> [round(x, 4) for x in s.tolist()]
@@ -207,34 +212,71 @@ def adaptive_svd(
         _whole(name, count, low)
     with torch.no_grad():
         work, scale = prepare(_single(w))
+        _whole("most", min(w.shape) if most is None else most, 0)
         rounding = max(1, *w.shape) * torch.finfo(work.dtype).eps
-        tolerance = max(tolerance, rounding)
-        q, b, error, total = _grown(work, tolerance, norm, block, power, probes, generator)
+        goal = _Goal(max(tolerance, rounding), norm, probes, generator)
+        sides = min(w.shape)
+        q, b, error, target = _grown(work, goal, block, power, sides if most is None else min(most, sides))
         small, s, vh = svd(b)
-        k = _smallest(s, 0.0 if q.shape[1] == min(w.shape) else error, tolerance * total, norm)
+        k = _smallest(s, 0.0 if q.shape[1] == sides else error, target, norm)
         u, s, vh = q @ small[:, :k], s[:k], vh[:k]
         return u, (s if scale is None else (s * scale[0]).to(s.dtype)), vh
 
 
-def _grown(
-    work: Tensor, tolerance: float, norm: str, block: int, power: int, probes: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, float, float]:
-    """Returns Q and B = Q^T W with ||W - Q B|| within the tolerance, that error, and the norm it is compared with."""
-    total = float(torch.linalg.vector_norm(work, dtype=torch.float64))
-    left, q, b = work.clone(), work[:, :0], work[:0]
-    while True:
+class _Sample(NamedTuple):
+    """Q and B = Q^T W, the error ||W - Q B||, and what it should be at most."""
+
+    q: Tensor
+    b: Tensor
+    error: float
+    target: float
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """A tolerance in one norm."""
+
+    tolerance: float
+    norm: str
+    probes: int
+    generator: torch.Generator
+
+    def judge(self, work: Tensor, q: Tensor, b: Tensor, left: Tensor) -> _Sample:
+        """Measures a sample by what it leaves of W."""
         error = float(torch.linalg.vector_norm(left, dtype=torch.float64))
-        whole = q.shape[1] == min(work.shape)
-        if norm == "spectral" and error > 0:
+        if self.norm == "spectral" and error > 0:
             largest = float(torch.linalg.matrix_norm(b, 2)) if len(b) else 0.0
-            error, total = _spectral_bound(left, error, probes, generator), largest
-        if whole or error <= tolerance * total:
-            return q, b, error, total
-        fresh = _range(left, min(block, min(work.shape) - q.shape[1]), power, generator)
-        fresh = torch.linalg.qr(fresh - q @ (q.mT @ fresh)).Q  # the residual is orthogonal to q up to rounding only
+            return _Sample(q, b, _spectral_bound(left, error, self.probes, self.generator), self.tolerance * largest)
+        return _Sample(q, b, error, self.tolerance * float(torch.linalg.vector_norm(work, dtype=torch.float64)))
+
+    def foreseen(self, before: _Sample, now: _Sample) -> float:
+        """Returns the fewest columns that will do if later blocks take no more than the last one; 0 if unknown."""
+        taken = before.error**2 - now.error**2
+        if self.norm != "frobenius" or taken <= 0:
+            return 0.0
+        columns = now.q.shape[1]
+        return columns + (columns - before.q.shape[1]) * (now.error**2 - now.target**2) / taken
+
+
+def _grown(work: Tensor, goal: _Goal, block: int, power: int, most: int) -> _Sample:
+    """Grows a sample of the range to the goal, or until it is seen not to reach it with so many columns."""
+    left = work.clone()
+    now = goal.judge(work, work[:, :0], work[:0], left)
+    while now.error > now.target and now.q.shape[1] < most:
+        before = now
+        fresh = _range(left, min(block, most - now.q.shape[1]), power, goal.generator)
+        fresh = torch.linalg.qr(fresh - now.q @ (now.q.mT @ fresh)).Q  # the residual is orthogonal up to rounding only
         rows = fresh.mT @ left
         left -= fresh @ rows
-        q, b = torch.cat([q, fresh], 1), torch.cat([b, rows])
+        now = goal.judge(work, torch.cat([now.q, fresh], 1), torch.cat([now.b, rows]), left)
+        if now.error > now.target and goal.foreseen(before, now) > most:
+            return now
+    if now.error > now.target or now.q.shape[1] in (0, min(work.shape)):
+        return now
+    q = torch.linalg.qr(work @ torch.linalg.qr(now.b.mT).Q).Q
+    b = q.mT @ work
+    better = goal.judge(work, q, b, torch.sub(work, q @ b, out=left))
+    return better if better.error <= better.target else now
 
 
 def _range(work: Tensor, columns: int, power: int, generator: torch.Generator) -> Tensor:
@@ -251,10 +293,10 @@ def _spectral_bound(e: Tensor, frobenius: float, probes: int, generator: torch.G
     if frobenius == 0.0:
         return 0.0
     unit = e / frobenius
-    y = unit @ _gaussian((e.shape[1], probes), e, generator)
+    y = _gaussian((e.shape[1], probes), e, generator).mT @ unit.mT  # a few rows take a tenth of the time of columns
     for _ in range(_BOUND_POWER):
-        y = unit @ (unit.mT @ y)
-    largest = float(torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).max())
+        y = (y @ unit) @ unit.mT
+    largest = float(torch.linalg.vector_norm(y, dim=1, dtype=torch.float64).max())
     bound = (_BASE * math.sqrt(2 / math.pi) * largest) ** (1 / (2 * _BOUND_POWER + 1))
     return frobenius * min(bound, 1.0)
 
