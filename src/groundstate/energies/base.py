@@ -308,7 +308,7 @@ class Sum:
 def summed(value: Callable[[Any], Tensor], weights: Tensor | Sequence[Tensor]) -> float:
     """Returns the sum of ``value(weights)``, of float64 weights where that of the given ones leaves the range.
 
-    >>> summed(torch.sum, torch.tensor([3e38, 3e38])) / 3e38  # float32 ends at 3.4e38
+    >>> summed(torch.sum, torch.full((2,), 2.0**127)) / 2.0**127  # float32 ends below 2^128
     2.0
     """
     found = float(value(weights).double().sum())
