@@ -1,8 +1,8 @@
-"""What spectral energies cost in training: exact at every step, and with gradients kept until their bounds open.
+"""What spectral energies cost in training: exact at every step, and with gradients kept until a gap opens.
 
 Three networks learn the labels of a fixed random teacher, each plainly, with the exact gradient of the energy at every
 step, and with kept gradients, in turns, one step each. The cost of a step is the mean over all of them, so that it has
-its share of the decompositions. The bounds are those of `groundstate.amortized`.
+its share of the decompositions. The gap is that of `groundstate.amortized`; "widest seen" is of one weight by itself.
 """
 
 from __future__ import annotations

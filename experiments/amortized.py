@@ -3,7 +3,7 @@
 The nuclear norms of all weights of 784-128-128-10 are penalized on MNIST, and only the way the penalty acts differs:
 
 * ``exact``: the polar factor of every weight at every step;
-* ``kept``: a polar factor serves until certified bounds of the norm are 1 % or 5 % apart (`groundstate.amortized`);
+* ``kept``: a polar factor serves until the norm is 1 % or 5 % above the bound that it gives (`groundstate.amortized`);
 * ``tracked``: a polar factor follows its weight by matrix products, at every fifth step (`tracked_polar`);
 * ``prox``: singular values are thresholded at every tenth step, by as much as ten steps need.
 
@@ -78,7 +78,7 @@ class Exact:
 
 
 class Kept:
-    """Gradients kept until bounds are ``gap`` apart."""
+    """Gradients kept until a share ``gap`` of the energy opens."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, strength: float, gap: float) -> None:
         self.reg = gs.Regularizer(model, strength * Nuclear(), gap=gap).attach(optimizer)

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from column_bounds import anchor, bounds
 from common import RESULTS, describe_machine, load, mlp, save_json, table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import groundstate as gs
@@ -47,7 +47,6 @@ FIRST, STEPS, FEWER = 200, 400, 120  # the steps of a trajectory; fewer of the l
 BATCH, JUDGED, ROUNDS = 128, 100, 15
 PERIODS = (1, 2, 3, 5, 8, 12, 20, 35, 60)
 OLDEST, NEVER = 20, 10**9  # follows with one basis
-GAPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 SHOWN, JUDGING = ("mean", "median", "p90", "max"), ("mean", "p90", "max")  # a median at every 2nd step says nothing
 WON = 0.8  # of the error of the other at equal cost
 FLOOR, ORTHOGONAL, CROSSED = 1e-2, 0.5, 1e-6
@@ -207,25 +206,6 @@ def judged(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], found:
     return {"error": spread(errors), "gap": spread(gaps)}
 
 
-def kept(weights: list[Tensor], exact: dict[int, tuple[Tensor, float]], gap: float, energy: Nuclear) -> dict[str, Any]:
-    """Returns the same of the library's kept gradients, and their counts; the gaps are to the exact norm."""
-    model = nn.Linear(*reversed(weights[0].shape), bias=False)
-    reg = gs.Regularizer(model, energy, gap=gap)
-    errors, gaps = [], []
-    for step, w in enumerate(weights):
-        with torch.no_grad():
-            model.weight.copy_(w)
-        model.weight.grad = torch.zeros_like(w)
-        reg.add_gradients()
-        if step in exact:
-            right, value = exact[step]
-            q = model.weight.grad.double()
-            errors.append(float((q - right).norm() / right.norm()))
-            gaps.append(value / float((q * w.double()).sum()) - 1)
-    wear = next(iter(reg.wear().values()))[0]
-    return {"error": spread(errors), "gap": spread(gaps), "refreshes": wear.refreshes, "looks": wear.looks}
-
-
 def spread(values: list[float]) -> dict[str, float]:
     """Returns mean, median, 90 % and maximum."""
     ordered = sorted(values)
@@ -233,7 +213,6 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"mean": mean, "median": median, "p90": ordered[int(0.9 * len(ordered))], "max": ordered[-1]}
 
 
-KEPT = {"kept": Nuclear()}
 METHODS = {"stale": (0, PERIODS), "tracked": (OLDEST, PERIODS[:7]), "tracked, one basis": (NEVER, (1, 2, 5))}
 
 
@@ -279,8 +258,6 @@ def followed(weights: list[Tensor]) -> dict[str, Any]:
             figures = judged(weights, exact, factors(weights, every, held))
             figures |= {"refreshes": held.decompositions, "follows": held.follows, "refused": held.refused}
             rows.append({"method": name, "every": every, **figures})
-    for name, gap in [(n, g) for n in KEPT for g in GAPS]:
-        rows.append({"method": name, "every": gap, **kept(weights, exact, gap, KEPT[name])})
     return {"prices": prices(weights), "steps": len(weights), "rows": rows}
 
 
@@ -297,7 +274,7 @@ def milliseconds(row: dict[str, Any], case: dict[str, Any]) -> float:
     """Returns the time per step: operations by the price of the fastest way that serves; refused follows are cheap."""
     p = case["prices"]
     renewed = min(p["polar"], p["svd"]) if row["method"] == "stale" else min(p["anchor"], p["decompose"])
-    made = row["refreshes"] * renewed + row.get("looks", 0) * p["bounds"] + row.get("follows", 0) * p["follow"]
+    made = row["refreshes"] * renewed + row.get("follows", 0) * p["follow"]
     return made / case["steps"]
 
 

@@ -350,3 +350,30 @@ def test_a_state_without_a_gap_starts_afresh() -> None:
     again.load_state_dict(reg.state_dict())
     again_step()
     assert [line.refreshes for line in again.wear()["nuclear"]] == [1, 1, 1]
+
+
+def test_weights_that_were_zero_for_a_while_are_renewed() -> None:
+    model = network()
+    step, reg, optimizer = training(model, energy="1e-3*nuclear", gap=0.05)
+    for _ in range(12):
+        step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    saved = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight.zero_()
+    for _ in range(50):
+        step()
+    model.load_state_dict(saved)
+    for _ in range(21):
+        step()
+    line = reg.wear()["nuclear"][0]
+    assert line.upper == pytest.approx(smoothed_nuclear(saved["0.weight"], 0.0), rel=1e-4)  # float32
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    step, reg, _ = training(network(), energy="nuclear", gap=0.05)
+    step()
+    state = reg.state_dict()
+    del state["kept/nuclear/rate"]
+    with pytest.raises(UsageError, match="another version"):
+        training(network(), energy="nuclear", gap=0.05)[1].load_state_dict(state)

@@ -422,3 +422,14 @@ def test_memory_of_a_file_of_500_megabytes(tmp_path: Path) -> None:
     found = measured(tmp_path / "model.safetensors")
     assert found["calls"] == found["counts"]["tensors"] == count
     assert found["peak"] <= 3 * largest + 600e6
+
+
+@pytest.mark.parametrize("energy", ["l1", "nuclear", "graph"])
+def test_values_beyond_float32_agree_with_those_of_a_regularizer(energy: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.sign(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))) * 3e37)
+    measured = measure(model, energy).totals[energy]
+    assert math.isfinite(measured)
+    assert gs.Regularizer(model, f"{energy}@monitor").values()[energy] == pytest.approx(measured, rel=1e-5)

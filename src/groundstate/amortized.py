@@ -51,7 +51,7 @@ class Wear(NamedTuple):
         looks: Measurements of the way from the anchor.
         lower, upper: Certified bounds of the energy at the last renewal, by the gradient kept until then and by the
             decomposition.
-        widest: The largest relative distance of such bounds.
+        widest: The largest relative distance of such bounds, of this weight by itself.
         age: Steps from the last renewal but one to the last.
     """
 
@@ -227,7 +227,8 @@ class Amortized:
             unit.widest = max(unit.widest, (upper - unit.lower) / unit.lower if unit.lower > 0 else math.inf)
             # Below the rounding errors nothing is known of the gap but that it is smaller.
             unit.found = max(upper - unit.lower, 2 * at.slack * at.value)
-            unit.kappa = unit.found / unit.way if 0 < unit.way < math.inf else unit.kappa
+            if unit.found > 0 and 0 < unit.way < math.inf:  # weights that became zero say nothing
+                unit.kappa = unit.found / unit.way
         else:
             unit.lower = upper
         unit.value, unit.shift, unit.slack, unit.upper = at.value, at.shift, at.slack, upper
@@ -251,14 +252,17 @@ class Amortized:
         """Restores `state`; an empty one, saved without a gap, leaves everything to be renewed.
 
         Raises:
-            UsageError: it is of other weights.
+            UsageError: it is of other weights, or of another version.
         """
         if not state:
             return
+        if "rate" not in state:
+            raise UsageError("the saved gradients are of another version: start the run anew, or resume without a gap")
         for i, u in enumerate(self.units):
             for kind in ("gradient", "origin"):
                 saved = _numbered(state, f"{i}/{kind}/")
-                fits = f"{i}/figures" in state and len(saved) in (0, len(u.blocks))
+                figures = state.get(f"{i}/figures")
+                fits = figures is not None and len(figures) == len(_FIGURES) and len(saved) in (0, len(u.blocks))
                 if not fits or any(v.shape != b.matrix.shape for v, b in zip(saved, u.blocks, strict=False)):
                     raise UsageError(f"the saved gradients of {u.energy!r} are of other weights than {u.name}")
         self._rate = float(state["rate"])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from groundstate.blocks import as_matrix, by_neurons, last_linear, skip_reason
-from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Sum, Term
+from groundstate.energies.base import Energy, FunctionEnergy, MatrixEnergy, NetworkEnergy, Sum, Term, summed
 from groundstate.energies.capabilities import Grounded, OfModel, OfModule, Spectral
 from groundstate.energies.graph import ConvolutionGraphEnergy
 from groundstate.energies.registry import parse, registered
@@ -190,8 +190,8 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool,
         except UsageError as error:
             absent.setdefault(str(error), []).append(key)
             continue
-        value = energy.of_singular_values(spectra) if isinstance(energy, Spectral) else energy.value(seen)
-        values[key] = float(value.double().sum())
+        shared = isinstance(energy, Spectral)
+        values[key] = summed(energy.of_singular_values, spectra) if shared else summed(energy.value, seen)
         if isinstance(energy, Grounded) and seen.ndim == 2:
             found = _against_ground(energy, values[key], seen)
             grounds |= {key: found} if found else {}
@@ -258,7 +258,7 @@ def _of_model(model: nn.Module | None, energies: Mapping[str, OfModel]) -> tuple
             placed, weights = energy.for_model(model)
             if meta := [name for name, p in weights if p.is_meta]:
                 raise UsageError(f"the weight {meta[0]!r} is on the meta device: it has no data")
-            found[key] = float(placed.value([p.detach() for _, p in weights]))
+            found[key] = summed(placed.value, [p.detach() for _, p in weights])
         except (UsageError, NonFiniteError) as error:
             notes.append(f"{key}: {error}")
     return found, notes
@@ -341,7 +341,7 @@ def _network(
         except UsageError as error:
             notes.append(f"{key}: {error}")
             continue
-        values[key] = float(placed.value(layers))
+        values[key] = summed(placed.value, layers)
         notes += [f"{key}: {n}" for n in told]
     return values, notes
 

@@ -60,6 +60,11 @@ def rounding(gradients: Sequence[Tensor], weights: Sequence[Tensor], value: floa
     True
     """
     eps = torch.finfo(working_dtype(weights[0].dtype)).eps
-    norms = [float(torch.linalg.vector_norm(g.float())) * float(torch.linalg.vector_norm(w.float())) for g, w in
-             zip(gradients, weights, strict=True)]  # fmt: skip
+    norms = [_length(g) * _length(w) for g, w in zip(gradients, weights, strict=True)]
     return ROUNDING * eps * (4 + (sum(norms) / value if value > 0 else 0.0))
+
+
+def _length(a: Tensor) -> float:
+    """The Frobenius norm; added up in float64, which is slower, where squares may leave the range."""
+    found = float(torch.linalg.vector_norm(a.detach().to(working_dtype(a.dtype))))
+    return found if 1e-12 < found < torch.inf else float(torch.linalg.vector_norm(a.detach(), dtype=torch.float64))
