@@ -190,8 +190,8 @@ def _row(entry: NamedTensor, energies: Mapping[str, MatrixEnergy], output: bool,
         except UsageError as error:
             absent.setdefault(str(error), []).append(key)
             continue
-        shared = isinstance(energy, Spectral)
-        values[key] = summed(energy.of_singular_values, spectra) if shared else summed(energy.value, seen)
+        of, what = (energy.of_singular_values, spectra) if isinstance(energy, Spectral) else (energy.value, seen)
+        values[key] = summed(of, what)
         if isinstance(energy, Grounded) and seen.ndim == 2:
             found = _against_ground(energy, values[key], seen)
             grounds |= {key: found} if found else {}
