@@ -192,17 +192,18 @@ def _promising(gram: Tensor) -> bool:
 
 
 def _pivots(gram: Tensor) -> list[float]:
-    """Squares of the diagonal of the Cholesky factor of a Gram matrix; zeros where rounding ends the factorization.
+    """Squares of the diagonal of the Cholesky factor of a Gram matrix plus a tenth of what counts as small.
 
     A pivot is the squared distance of a column of W from the span of those before it. So those of half of the columns
     are alike where the singular values are, and small ones show up where more than half of the singular values are.
+    The addition keeps rounding from ending the factorization, which would ask for another.
     """
+    diagonal = gram.diagonal()
+    before = diagonal.clone()
+    most = float(before.max())
+    diagonal.add_(0.1 * _PIVOT * most)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed):  # also where a single column is zero
-        gram = gram.clone()
-        diagonal = gram.diagonal()
-        diagonal.add_(0.1 * _PIVOT * float(diagonal.max()))
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed):
-            return [float(diagonal.max()), *[0.0] * (len(gram) - 1)]
+    diagonal.copy_(before)
+    if int(failed):
+        return [most, *[0.0] * (len(gram) - 1)]
     return [x * x for x in factor.diagonal().tolist()]
