@@ -192,7 +192,7 @@ def _promising(gram: Tensor) -> bool:
 
 
 def _pivots(gram: Tensor) -> list[float]:
-    """Squares of the diagonal of the Cholesky factor of a Gram matrix plus a tenth of what counts as small.
+    """Squares of the diagonal of the Cholesky factor of a Gram matrix plus a hundredth of what counts as small.
 
     A pivot is the squared distance of a column of W from the span of those before it. So those of half of the columns
     are alike where the singular values are, and small ones show up where more than half of the singular values are.
@@ -201,7 +201,7 @@ def _pivots(gram: Tensor) -> list[float]:
     diagonal = gram.diagonal()
     before = diagonal.clone()
     most = float(before.max())
-    diagonal.add_(0.1 * _PIVOT * most)
+    diagonal.add_(0.01 * _PIVOT * most)
     factor, failed = torch.linalg.cholesky_ex(gram)
     diagonal.copy_(before)
     if int(failed):
