@@ -38,7 +38,7 @@ bench-sphere: .venv/ready  ## hyperspherical energies
 
 bench-spectral: .venv/ready  ## spectral energies, exact and amortized; DEVICE=cuda for a GPU
 	$(BIN)/python benchmarks/spectral.py --device $(DEVICE)
-	for file in spectral_amortized spectral_prox spectral_conv graph_energy; do $(BIN)/python benchmarks/$$file.py || exit 1; done
+	for file in spectral_amortized spectral_prox spectral_conv graph_energy spectral_summary; do $(BIN)/python benchmarks/$$file.py || exit 1; done
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
