@@ -212,7 +212,7 @@ def test_random_matrices_of_any_kind() -> None:
         )
         w = hostile(kind, rows, columns, generator)
         w = (w * one_of(1.0, 1e20, 1e-20, 1e-36)).to(one_of(torch.float32, torch.float64, torch.bfloat16))
-        route = one_of("auto", "auto", "gram", "double", "express", "halley")
+        route = one_of("auto", "auto", "gram", "double", "express")
         q, value = polar(w, route)
         assert q.isfinite().all(), (kind, route, w.shape)
         assert float(q.double().norm()) <= min(rows, columns) ** 0.5 * 1.01

@@ -6,7 +6,6 @@ Idea: several routes lead to Q and ||W||_* = tr H; which is fastest depends on t
 - ``gram``: eigenvectors of the Gram matrix, small singular values treated apart (`polar_gram.split_polar`).
 - ``double``: eigenvectors of a float64 Gram matrix of float32 weights (`polar_gram.double_polar`).
 - ``express``: polynomials of the Gram matrix (`polar_express`); tall, well-conditioned matrices.
-- ``halley``: rational functions (`halley`); large matrices, nearly square, of full rank, that are ill-conditioned.
 
 ``auto`` predicts the fastest one from the shape and from the Cholesky pivots of the Gram matrix of one half of the
 columns. Each route knows what it cannot do; then
@@ -19,14 +18,12 @@ Reference: N. Higham, "Functions of Matrices" (2008), chapter 8.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from groundstate.errors import UsageError
-from groundstate.norms.halley import halley_polar
 from groundstate.norms.polar_express import inverse_root
 from groundstate.norms.polar_gram import (
     complete_symmetric,
@@ -38,7 +35,7 @@ from groundstate.norms.polar_gram import (
 from groundstate.norms.polar_table import constants
 from groundstate.norms.spectral import prepare, tolerance
 
-Route = Literal["auto", "svd", "gram", "double", "express", "halley"]
+Route = Literal["auto", "svd", "gram", "double", "express"]
 _ROUTES = get_args(Route)
 
 # Bounds on the estimated relative error of Q from one Gram matrix, also where singular values are asked for, and of
@@ -55,14 +52,13 @@ def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
 
     Args:
         w: ``(*batch, m, n)``, any scale; m or n may be 0. In a batch each matrix takes the route that suits it.
-        route: ``"auto"``, or what to try first, whatever it costs: ``"svd"``, ``"gram"``, ``"double"``, ``"express"``,
-            ``"halley"``.
+        route: ``"auto"``, or what to try first, whatever it costs: ``"svd"``, ``"gram"``, ``"double"``, ``"express"``.
 
     Returns:
         ``(q, value)``: q of the shape and dtype of w, value ``(*batch,)``, float64 for float64 and float32 otherwise.
         In float32 q is within 1e-3 of the exact one, relative to its norm, or as good as the SVD where singular values
         are so small that this is not; in float64 within 1e-10. The value is more accurate than q: in float32 mostly to
-        1e-6, to 3e-5 at worst.
+        1e-6, to 2e-5 at worst.
 
     Raises:
         UsageError: an unknown route, or not a real floating-point matrix.
@@ -157,8 +153,9 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
         return found if found is not None and _LOW < float(found[1][-1]) ** 2 < _HIGH else None
     gram, half = w.new_empty(n, n), n // 2
     trust = _TRUST_DOUBLE if double else _TRUST_SPECTRUM if spectrum else _TRUST
-    even, elongated = True, n <= table.aspect * rows.shape[1]
+    even = True
     if route == "auto":
+        elongated = n <= table.aspect * rows.shape[1]
         if not elongated and n <= table.square:
             return None
         pivots = _pivots(symmetric_product(rows[:half], out=gram[:half, :half]))
@@ -173,31 +170,14 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
         symmetric_product(rows, out=gram)
         if not _LOW < float(gram.trace()) < _HIGH:
             return None
-    if not double and not spectrum:
-        wanted = {"express": even, "halley": not elongated and n >= table.halley} if route == "auto" else {route: True}
-        found = _iterated(w, gram, zero, wanted, table.flat if route == "auto" else 1.0)
-        if found is not None:
-            return found
+    if even and not double and route in ("auto", "express"):
+        gram[:half, half:] = gram[half:, :half].mT
+        z = inverse_root(gram, _TARGET)
+        if z is not None:
+            return (w @ z if tall else z @ w), (z * gram).sum(dtype=torch.float64).to(w.dtype)[None]
     if double and not _promising(gram):
         return None
     return split_polar(w, gram, zero, trust)
-
-
-def _iterated(
-    w: Tensor, gram: Tensor, zero: float, wanted: Mapping[str, bool], flat: float
-) -> tuple[Tensor, Tensor] | None:
-    """Polynomials or Halley's iteration, the latter where singular values decay; ``None`` where neither will do."""
-    express, halley = wanted.get("express", False), wanted.get("halley", False)
-    if not (express or halley):
-        return None
-    half, tall = len(gram) // 2, w.shape[0] >= w.shape[1]
-    gram[:half, half:] = gram[half:, :half].mT
-    if express and (z := inverse_root(gram, _TARGET)) is not None:
-        return (w @ z if tall else z @ w), (z * gram).sum(dtype=torch.float64).to(w.dtype)[None]
-    if halley and float(gram.trace()) ** 2 <= flat * len(gram) * float(torch.linalg.vector_norm(gram)) ** 2:
-        found = halley_polar(w if tall else w.mT, gram, zero)
-        return found and ((found[0] if tall else found[0].mT), found[1][None])
-    return None
 
 
 def _promising(gram: Tensor) -> bool:

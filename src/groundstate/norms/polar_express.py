@@ -35,7 +35,7 @@ from groundstate.norms.polar_gram import fill_symmetric
 _FLAT = 0.999  # the exchange is ill-conditioned on shorter intervals, and Taylor's quintic as good
 _NARROWEST = 0.15  # least guess of sigma_n / sigma_1: below, one quintic leaves too large a residual for one more step
 _WIDEST = 0.3  # ||R^2||_F^(1/2) over n^(1/4), about the rms of |1 - x^2|, from which on one more step is not enough
-PROBES = 8  # vectors that estimate the residual
+_PROBES = 8  # vectors that estimate the residual
 _HEADROOM = 1.03  # on the guess of the largest eigenvalue
 _SPLIT = 256  # a product known to be symmetric is made by blocks from this size on
 
@@ -139,9 +139,9 @@ def inverse_root(gram: Tensor, target: float) -> Tensor | None:
         return None
     last = _product(square, (5 / 16) * residual + (35 / 128) * square)
     z = _last(factor, last.add_(residual, alpha=0.5).add_(square, alpha=0.375), top)
-    probes = signs(n).to(gram)
-    left = torch.linalg.vector_norm(probes - z @ (gram @ (z @ probes)))
-    return z if float(left) <= bound * math.sqrt(PROBES) else None
+    signs = _signs(n).to(gram)
+    left = torch.linalg.vector_norm(signs - z @ (gram @ (z @ signs)))
+    return z if float(left) <= bound * math.sqrt(_PROBES) else None
 
 
 def _last(factor: Tensor, series: Tensor, top: float) -> Tensor:
@@ -151,13 +151,10 @@ def _last(factor: Tensor, series: Tensor, top: float) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def signs(n: int) -> Tensor:
-    """Returns `PROBES` columns of n signs without structure: those of cos(k j^2), float64, the same in every call.
-
-    For any matrix M the squared norm of M times them is about PROBES * ||M||_F^2.
-    """
+def _signs(n: int) -> Tensor:
+    """Columns of signs without structure: those of cos(k j^2), the same in every call."""
     j = torch.arange(1, n + 1, dtype=torch.float64)[:, None]
-    return (j * j * torch.arange(1, PROBES + 1, dtype=torch.float64)).cos().sign()
+    return (j * j * torch.arange(1, _PROBES + 1, dtype=torch.float64)).cos().sign()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -34,9 +34,6 @@ class Constants(NamedTuple):
             are all above this times the largest. It is about 1 - n / m for a random matrix of n columns and m rows.
         small: Where a larger share of the pivots is small a tall matrix goes to a float64 Gram matrix, others to the
             SVD.
-        halley: From this min(m, n) on those that are not tall go to Halley's iteration first, where (tr G)^2 / n tr G^2
-            of the Gram matrix G is below ``flat``: 1/2 for a random square matrix, less where singular values decay.
-        flat: See ``halley``.
     """
 
     aspect: float = 0.7
@@ -44,8 +41,6 @@ class Constants(NamedTuple):
     square: float = 96
     even: float = 0.6
     small: float = 0.1
-    halley: float = 384
-    flat: float = 0.25
 
 
 DEFAULTS = {"cpu": Constants(), "cuda": Constants()}

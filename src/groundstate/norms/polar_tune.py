@@ -22,8 +22,7 @@ _TALL = 128  # columns of a tall matrix for the polynomials
 _SQUARE = 192
 _SHARES = (0.4, 0.5, 0.6, 0.7, 0.8)  # of the singular values that are small, and the share of small pivots they give
 _PIVOTS = (0.03, 0.1, 0.25, 0.4, 0.6)
-_LARGE = (256, 384, 512)
-_NEVER, _NOWHERE = 2.0, 1e9  # a ratio, a share and a side that no matrix has
+_NEVER = 2.0  # a ratio and a share that no matrix has
 
 
 def tune(device: str = "cpu", repeat: int = 15) -> Constants:
@@ -59,13 +58,7 @@ def tune(device: str = "cpu", repeat: int = 15) -> Constants:
         if faster("svd", "gram", _mostly_small(random(_SQUARE, _SQUARE), share), max(3, repeat // 3)) > 1:
             small = pivots
             break
-    halley = _NOWHERE
-    for side in _LARGE:
-        if faster("halley", "gram", _decaying(random(side, side)), max(3, repeat // 5)) > 1:
-            halley = float(side)
-            break
-    even = Constants().even if polynomials else _NEVER
-    return found._replace(tiny=tiny, square=square, even=even, small=small, halley=halley)
+    return found._replace(tiny=tiny, square=square, even=Constants().even if polynomials else _NEVER, small=small)
 
 
 def faster(route: Route, other: Route, w: Tensor, repeat: int) -> float:
@@ -81,12 +74,6 @@ def _time(w: Tensor, route: Route) -> float:
     if w.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _decaying(w: Tensor) -> Tensor:
-    """The matrix with singular values from 1 to 1e-3."""
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    return (u * torch.logspace(0, -3, len(s)).to(w)) @ vh
 
 
 def _mostly_small(w: Tensor, share: float) -> Tensor:
