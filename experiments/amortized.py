@@ -17,18 +17,15 @@ Reference: J.-F. Cai, E. Candes, Z. Shen, "A singular value thresholding algorit
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from common import RESULTS, describe_machine, load, mean_std, mlp, parallel, save_json, table
+from common import arguments, complete, describe_machine, load, mean_std, mlp, save_json, saved, table
 from torch import Tensor, nn
 from torch.nn import functional
 from tracked_polar import OLDEST, Tracked
@@ -313,26 +310,18 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="does training notice that gradients of an energy are kept")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "amortized.json")
+    parser = arguments("does training notice that gradients of an energy are kept", "amortized", seeds=5)
     parser.add_argument("--cost", action="store_true", help="time the steps only, which takes 2 minutes")
     parser.add_argument("--cost-epochs", type=int, default=2, help="epochs of the trainings that are timed")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": describe_machine(), "runs": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), "runs": []})
     if options.cost:
         torch.set_num_threads(1)
         result["cost"] = {f"{mu:g}": cost(mu, options.cost_epochs) for mu in STRENGTHS}
         save_json(options.out, result)
     elif not options.report:
         done = {Task(*(r[name] for name in Task._fields)) for r in result["runs"]}
-        for _, entry in parallel(run, [t for t in tasks(options.seeds) if t not in done], options.workers):
-            result["runs"].append(entry)
-            save_json(options.out, result)
+        complete(result, run, [t for t in tasks(options.seeds) if t not in done], options)
     print(report(result))
 
 

@@ -6,6 +6,7 @@ run, and prints its tables from that file with ``--report``.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
@@ -77,6 +78,31 @@ def _finite(node: Any) -> Any:
     if isinstance(node, list | tuple):
         return [_finite(v) for v in node]
     return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def arguments(description: str, name: str, seeds: int | None = None) -> argparse.ArgumentParser:
+    """Returns the options ``--out``, ``--report`` and, with ``seeds``, ``--seeds`` and ``--workers``."""
+    parser = argparse.ArgumentParser(description=description)
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds)
+        parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--report", action="store_true", help="print the tables of the file, draw, run nothing")
+    return parser
+
+
+def saved(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `save_json` wrote, or ``fresh`` where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else fresh
+
+
+def complete(
+    result: dict[str, Any], function: Callable[[Task], Any], waiting: Sequence[Task], options: argparse.Namespace
+) -> None:
+    """Adds a run to ``result["runs"]`` for each task that waits, saving after each; ``options`` as of `arguments`."""
+    for _, entry in parallel(function, waiting, options.workers):
+        result["runs"].append(entry)
+        save_json(options.out, result)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

@@ -25,17 +25,14 @@ T. Blu, M. Unser, "Monte-Carlo SURE" (2008).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, describe_machine, load, mean_std, parallel, save_json, table
+from common import arguments, complete, describe_machine, load, mean_std, saved, table
 from torch import Tensor, nn
 
 import groundstate as gs
@@ -267,24 +264,16 @@ def number(values: list[float], digits: int = 2) -> str:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="denoising from noisy images alone")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = arguments("denoising from noisy images alone", "denoising", seeds=3)
     parser.add_argument("--images", type=int, default=24000)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--sigmas", type=float, nargs="*", choices=SIGMAS, default=list(SIGMAS))
     parser.add_argument("--strengths", type=float, nargs="*", default=list(STRENGTHS))
     longer = {"nargs": "*", "choices": METHODS, "default": list(METHODS[:-1])}
     parser.add_argument("--longer", **longer, help="trained 3 times as long, seed 0")
-    parser.add_argument("--out", type=Path, default=RESULTS / "denoising.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
     options = parser.parse_args()
-    result: dict[str, Any] = {"images": options.images, "epochs": options.epochs}
-    asked = dict(result)
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
-    else:
-        result |= {"machine": describe_machine(), "references": {}, "runs": []}
+    asked = {"images": options.images, "epochs": options.epochs}
+    result = saved(options.out, {**asked, "machine": describe_machine(), "references": {}, "runs": []})
     if options.report:
         print(report(result))
         return
@@ -294,25 +283,23 @@ def main() -> None:
         if f"{sigma:g}" not in result["references"]:
             result["references"][f"{sigma:g}"] = references(sigma, options.images)
 
-    def complete(tasks: list[Task]) -> None:
+    def finish(tasks: list[Task]) -> None:
         done = {tuple(r[k] for k in Task._fields) for r in result["runs"]}
         waiting = [t for t in tasks if tuple(t) not in done]
-        for _, entry in parallel(partial(run, count=options.images), waiting, options.workers):
-            result["runs"].append(entry)
-            save_json(options.out, result)
+        complete(result, partial(run, count=options.images), waiting, options)
 
     def tasks(seeds: Sequence[int], methods: Sequence[str], strength: float = 1.0, times: int = 1) -> list[Task]:
         epochs = times * options.epochs
         return [Task(sigma, m, strength, k, epochs) for k in seeds for sigma in options.sigmas for m in methods]
 
-    complete(tasks([0], METHODS))
-    complete([t for s in options.strengths for t in tasks([0], ["nuclear"], s)])
+    finish(tasks([0], METHODS))
+    finish([t for s in options.strengths for t in tasks([0], ["nuclear"], s)])
     for sigma in options.sigmas:
         chosen = best([r for r in result["runs"] if (r["sigma"], r["epochs"]) == (sigma, options.epochs)])
-        complete([t for t in tasks(range(options.seeds), ["nuclear"], chosen) if t.sigma == sigma])
-    complete(tasks(range(options.seeds), METHODS))
+        finish([t for t in tasks(range(options.seeds), ["nuclear"], chosen) if t.sigma == sigma])
+    finish(tasks(range(options.seeds), METHODS))
     if options.longer:
-        complete(tasks([0], options.longer, times=LONGER))
+        finish(tasks([0], options.longer, times=LONGER))
     print(report(result))
 
 

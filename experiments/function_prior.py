@@ -18,17 +18,14 @@ Probabilistic Perspective" (2023), arXiv 2312.17162.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, ROOT, describe_machine, load, mean_std, mlp, parallel, save_json, table
+from common import ROOT, arguments, complete, describe_machine, load, mean_std, mlp, save_json, saved, table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -325,25 +322,17 @@ def draw(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="what a prior on the function does to calibration and to outliers")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "function_prior.json")
+    parser = arguments("what a prior on the function does to calibration and to outliers", "function_prior", seeds=5)
     parser.add_argument("--cost", action="store_true", help="time the steps only")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file and draw, run nothing")
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": describe_machine(), "runs": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), "runs": []})
     if options.cost:
         result["cost"] = cost()
         save_json(options.out, result)
     elif not options.report:
         done = {Task(*(r[name] for name in Task._fields)) for r in result["runs"]}
         waiting = [t for t in tasks(options.seeds, len(load("mnist").train_x)) if t not in done]
-        for _, entry in parallel(run, waiting, options.workers):
-            result["runs"].append(entry)
-            save_json(options.out, result)
+        complete(result, run, waiting, options)
     if result["runs"]:
         draw(result)
     print(report(result))

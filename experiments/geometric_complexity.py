@@ -15,18 +15,15 @@ of geometric complexity" (2022).
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, describe_machine, load, mean_std, mlp, parallel, save_json, table
+from common import arguments, complete, describe_machine, load, mean_std, mlp, saved, table
 from torch import Tensor
 from torch.nn import functional
 
@@ -319,21 +316,15 @@ def ending(end: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="what moves geometric complexity")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = arguments("what moves geometric complexity", "geometric_complexity", seeds=5)
     parser.add_argument("--train-size", type=int, default=None, help="default: 6000 of mnist, all of digits")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--data", choices=("mnist", "digits"), default="mnist")
     parser.add_argument("--max-epochs", type=int, default=150)
     parser.add_argument("--knobs", nargs="*", choices=list(KNOBS), default=list(KNOBS))
-    parser.add_argument("--out", type=Path, default=RESULTS / "geometric_complexity.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
     options = parser.parse_args()
     size = 6000 if options.train_size is None and options.data == "mnist" else options.train_size
     asked = {"data": options.data, "train_size": size, "max_epochs": options.max_epochs}
-    result: dict[str, Any] = {"machine": describe_machine(), **asked, "runs": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), **asked, "runs": []})
     if options.report:
         print(report(result))
         return
@@ -342,10 +333,7 @@ def main() -> None:
     done = {Task(Setting(**r["setting"]), r["seed"]) for r in result["runs"]}
     tasks = [Task(s, seed) for seed in range(options.seeds) for s in settings(options.knobs)]
     waiting = [t for t in tasks if t not in done]
-    call = partial(run, **asked)
-    for _, entry in parallel(call, waiting, options.workers):
-        result["runs"].append(entry)
-        save_json(options.out, result)
+    complete(result, partial(run, **asked), waiting, options)
     print(report(result))
 
 

@@ -15,20 +15,17 @@ linearly to zero. Nothing is trained again after pruning. A killed experiment go
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import RESULTS, describe_machine, load, mean_std, mlp, parallel, save_json, table
+from common import arguments, complete, describe_machine, load, mean_std, mlp, saved, table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -378,20 +375,12 @@ def report(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="does the alignment of layers help accuracy or pruning?")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "graph_alignment.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
+    parser = arguments("does the alignment of layers help accuracy or pruning?", "graph_alignment", seeds=5)
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": describe_machine(), "runs": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), "runs": []})
     if not options.report:
         done = {Task(*(r[name] for name in Task._fields)) for r in result["runs"]}
-        for _, entry in parallel(run, [t for t in tasks(options.seeds) if t not in done], options.workers):
-            result["runs"].append(entry)
-            save_json(options.out, result)
+        complete(result, run, [t for t in tasks(options.seeds) if t not in done], options)
     print(report(result))
 
 

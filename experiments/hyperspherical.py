@@ -15,9 +15,7 @@ networks via minimizing hyperspherical energy" (2020); Bansal et al. 2018 (SRIP)
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import math
 import sys
 import time
@@ -25,11 +23,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, ROOT, describe_machine, load, mean_std, mlp, parallel, save_json, table
+from common import ROOT, arguments, complete, describe_machine, load, mean_std, mlp, save_json, saved, table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -361,17 +358,11 @@ def fresh(runs: Runs, case: str) -> list[tuple[str, float]]:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="does hyperspherical energy help small networks")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
+    parser = arguments("does hyperspherical energy help small networks", "hyperspherical", seeds=5)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "hyperspherical.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
     options = parser.parse_args()
     asked = {"every": EVERY, "rate": RATE, "cases": {name: case._asdict() for name, case in CASES.items()}}
-    result: dict[str, Any] = {"machine": describe_machine(), **asked, "runs": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), **asked, "runs": []})
     if options.report:
         print(report(result))
         return
@@ -381,17 +372,15 @@ def main() -> None:
         result["costs"] = costs()
         save_json(options.out, result)
 
-    def complete(case: str, pairs: list[tuple[str, float]], seeds: Iterable[int]) -> None:
+    def finish(case: str, pairs: list[tuple[str, float]], seeds: Iterable[int]) -> None:
         done = {tuple(r[k] for k in Task._fields) for r in result["runs"]}
         waiting = [t for seed in seeds for m, s in pairs if (t := Task(case, m, s, seed)) not in done]
-        for _, entry in parallel(run, waiting, options.workers):
-            result["runs"].append(entry)
-            save_json(options.out, result)
+        complete(result, run, waiting, options)
 
     for case in options.cases:
         names = [m for m in METHODS if SCANNED.get(m, case) == case]
-        complete(case, [(m, s) for m in names for s in METHODS[m].strengths], SCAN_SEEDS)
-        complete(case, fresh(result["runs"], case), range(options.seeds))
+        finish(case, [(m, s) for m in names for s in METHODS[m].strengths], SCAN_SEEDS)
+        finish(case, fresh(result["runs"], case), range(options.seeds))
     print(report(result))
 
 

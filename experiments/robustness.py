@@ -22,10 +22,8 @@ learning" (2017); A. Madry et al., "Towards deep learning models resistant to ad
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -36,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, ROOT, describe_machine, load, mean_std, mlp, parallel, save_json, table
+from common import ROOT, arguments, complete, describe_machine, load, mean_std, mlp, save_json, saved, table
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn import functional
@@ -371,20 +369,13 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, so that a killed experiment goes on; prints the tables."""
-    parser = argparse.ArgumentParser(description="robust accuracy: penalties against adversarial training")
-    parser.add_argument("--seeds", type=int, default=5, help="of the final comparison")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "robustness.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, draw, run nothing")
+    parser = arguments("robust accuracy: penalties against adversarial training", "robustness", seeds=5)
     options = parser.parse_args()
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result: dict[str, Any] = {"machine": describe_machine(), "runs": [], **known}
+    result = saved(options.out, {"machine": describe_machine(), "runs": []})
 
     def finish(tasks: list[Task]) -> None:
         done = {Task(Setting(**r["setting"]), r["seed"]) for r in result["runs"]}
-        for _, entry in parallel(run, [t for t in tasks if t not in done], options.workers):
-            result["runs"].append(entry)
-            save_json(options.out, result)
+        complete(result, run, [t for t in tasks if t not in done], options)
 
     if not options.report:
         finish([Task(s, 0) for settings in ROWS.values() for s in settings])

@@ -19,17 +19,14 @@ learning" (2024).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, describe_machine, mean_std, parallel, save_json, table
+from common import arguments, complete, describe_machine, mean_std, saved, table
 from torch import Tensor, nn
 
 import groundstate as gs
@@ -243,19 +240,15 @@ def number(values: list[float], digits: int) -> str:
 
 def main() -> None:
     """Runs what is not there yet, saving after every run, and prints the tables."""
-    parser = argparse.ArgumentParser(description="the Jacobian nuclear norm against a closed form")
-    parser.add_argument("--seeds", type=int, default=5, help="of d = 2; d = 5 has one")
+    parser = arguments(
+        "the Jacobian nuclear norm against a closed form; d = 5 has one seed", "rudin_osher_fatemi", seeds=5
+    )
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--dimensions", type=int, nargs="*", choices=[p.dimension for p in PROBLEMS], default=[2, 5])
     longer = {"nargs": "*", "choices": list(ENERGIES), "default": ["exact", "factorized, fd"]}
     parser.add_argument("--longer", **longer, help="trained 4 times as long, d = 2, seed 0")
-    parser.add_argument("--out", type=Path, default=RESULTS / "rudin_osher_fatemi.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": describe_machine(), "steps": options.steps, "runs": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), "steps": options.steps, "runs": []})
     if options.report:
         print(report(result))
         return
@@ -270,9 +263,7 @@ def main() -> None:
         for method in ENERGIES
     ]
     asked += [Task(PROBLEMS[0], method, 0, LONGER * options.steps) for method in options.longer]
-    for _, entry in parallel(run, [t for t in asked if t not in done], options.workers):
-        result["runs"].append(entry)
-        save_json(options.out, result)
+    complete(result, run, [t for t in asked if t not in done], options)
     print(report(result))
 
 

@@ -19,20 +19,17 @@ Reference: N. Higham, "Functions of Matrices" (2008), chapter 8.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from column_bounds import anchor, bounds
-from common import RESULTS, describe_machine, load, mlp, save_json, table
+from common import arguments, describe_machine, load, mlp, save_json, saved, table
 from torch import Tensor
 from torch.nn import functional
 
@@ -336,13 +333,9 @@ def report(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs what is not there yet, saving after every weight, and prints the tables."""
-    parser = argparse.ArgumentParser(description="is a tracked polar factor better than one renewed now and then")
-    parser.add_argument("--out", type=Path, default=RESULTS / "tracked_polar.json")
-    parser.add_argument("--report", action="store_true", help="print the tables of the file, run nothing")
+    parser = arguments("is a tracked polar factor better than one renewed now and then", "tracked_polar")
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": describe_machine(), "cases": []}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
+    result = saved(options.out, {"machine": describe_machine(), "cases": []})
     torch.set_num_threads(1)
     for case in CASES if not options.report else ():
         done = {c["name"] for c in result["cases"]}

@@ -22,7 +22,7 @@ FLOORS: dict[str, float] = {
     "regularizer": 2, "couplings": 2, "amortized": 2, "flat_state": 2, "schedules": 2, "measure": 2, "compress": 2,
     "compressed_folder": 2,
     "compress_factors": 2, "compress_output": 2, "attack": 2, "scores": 2, "outliers": 2, "measure_function": 2,
-    "measure_data": 2, "measure_table": 2, "tensors": 2, "safetensors_file": 2, "optim": 2,
+    "measure_data": 2, "measure_table": 2, "tensors": 2, "safetensors_file": 2, "optim": 2, "memories": 2,
     "training": 3, "compress_tune": 3, "estimators": 3, "inversion": 3, "adapters": 3,
     "report": 4,
     "cli": 5, "__main__": 5,

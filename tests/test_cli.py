@@ -117,6 +117,28 @@ def test_a_mistyped_verb_or_option_names_the_nearest() -> None:
     assert "RUN" in refused(2, "compress")
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--every", "4"], "--every plays no part without --energy"),
+        (["--gap", "0.1"], "--gap plays no part without --energy"),
+        (["--coupling", "prox"], "--coupling plays no part without --energy"),
+        (["--select", "0.*"], "--select plays no part without --energy"),
+        (["--final-prox", "1"], "--final-prox plays no part without --energy"),
+        (["--final-prox", "1", "--energy", "graph"], "--final-prox plays no part where no term that acts has a prox"),
+        (["--optimizer", "adam", "--momentum", "0.5"], "--momentum plays no part with the optimizer adam"),
+        (["--data-dir", "x"], "--data-dir plays no part with digits"),
+        (["--every", "4", "--energy", "path_energy"], "every=4 plays no part in path_energy@grad"),
+        (["--coupling", "prox", "--energy", "nuclear@grad"], "coupling='prox' plays no part in nuclear@grad"),
+    ],
+)
+def test_options_that_nothing_takes_are_refused(options: list[str], told: str, tmp_path: Path) -> None:
+    assert told in refused(2, "train", *options, "--out", tmp_path / "run")
+    if "--energy" in options:
+        assert told in refused(2, "compare", *options, "--out", tmp_path / "compare")
+        assert not (tmp_path / "compare").exists()
+
+
 def test_version() -> None:
     result = call("--version")
     assert result.exit_code == 0

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import groundstate as gs
-from groundstate.energies import L1, GraphEnergy, Nuclear, PathEnergy, SquaredFrobenius
+from groundstate.blocks import select
+from groundstate.energies import L1, GraphEnergy, Nuclear, PathEnergy, SquaredFrobenius, registered
+from groundstate.energies.base import MatrixEnergy, NetworkEnergy
 from groundstate.errors import NonFiniteError, UsageError
 
 STEPS = 50
@@ -303,7 +305,7 @@ def test_state_dict_resumes_bit_for_bit(coupling):
     def made():
         model = mlp(15, dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        return model, optimizer, gs.Regularizer(model, spec, every=3).attach(optimizer)
+        return model, optimizer, gs.Regularizer(model, spec, every=1 if coupling == "monitor" else 3).attach(optimizer)
 
     whole, optimizer, reg = made()
     run(whole, optimizer, x, y, reg, use_loss=True)
@@ -390,6 +392,14 @@ def test_missing_gradients_are_skipped_and_named_once():
         (lambda m: gs.Regularizer(m, "nuclear", schedule="linaer:3"), "linear"),
         (lambda m: gs.Regularizer(m, "nuclear").attach(object()), "Optimizer"),
         (lambda m: gs.Regularizer(m, "nuclear").attach(torch.optim.SGD([nn.Parameter(torch.ones(1))])), "none of"),
+        (lambda m: gs.Regularizer(m, "nuclear@grad + l1@grad", coupling="prox"), "coupling='prox' plays no part"),
+        (lambda m: gs.Regularizer(m, "dirichlet", coupling="prox"), "dirichlet@loss"),
+        (lambda m: gs.Regularizer(m, "path_energy", every=2), "every=2 plays no part"),
+        (lambda m: gs.Regularizer(m, "nuclear@monitor", every=2), "every=2 plays no part"),
+        (lambda m: gs.Regularizer(m, "nuclear@monitor", schedule="linear:3"), "schedule='linear:3' plays no part"),
+        (lambda m: gs.Regularizer(m, "graph + dirichlet", select="0.*"), "select='0\\.\\*' plays no part"),
+        (lambda m: gs.Regularizer(m, "nuclear", every=2, gap=0.1), "leave every=2 out, or the gap"),
+        (lambda m: gs.Regularizer(m, "schatten(p=0.5)", gap=0.1), "leave the gap out"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(make, message):
@@ -432,3 +442,164 @@ def test_terms_of_the_loss_that_nobody_asks_for_are_named() -> None:
     with pytest.warns(UserWarning, match="dirichlet did not act"):
         optimizer.step()
     optimizer.step()  # said once
+
+
+def test_options_that_play_a_part_somewhere_pass() -> None:
+    model = mlp(21)
+    gs.Regularizer(model, "nuclear@grad + l1", coupling="prox")
+    gs.Regularizer(model, "nuclear@monitor", coupling="monitor")
+    gs.Regularizer(model, "graph + nuclear", select="0.*", every=2, schedule="linear:3")
+    gs.Regularizer(model, "path_energy", schedule="linear:3", select="0.*")
+    gs.Regularizer(model, "none", every=3, coupling="prox")  # the baseline of a sweep
+    kept = gs.Regularizer(model, "nuclear + schatten(p=0.5)", gap=0.1).describe()
+    assert "gradients of nuclear kept" in kept
+    assert "gradients of schatten" not in kept
+
+
+def test_a_final_prox_of_nothing_is_said() -> None:
+    model = mlp(22)
+    before = weights(model)
+    reg = gs.Regularizer(model, "graph + nuclear@monitor")
+    with pytest.warns(UserWarning, match="no term of graph .* has a prox"):
+        reg.apply_prox(1.0)
+    assert torch.equal(before, weights(model))
+
+
+@pytest.mark.parametrize("name", [n for n, c in registered().items() if issubclass(c, MatrixEnergy | NetworkEnergy)])
+def test_values_beyond_the_range_of_float32(name: str) -> None:
+    """Squares, fourth powers and sums of weights near the end of the range: the numbers of float64."""
+    for energy in registered()[name].examples():
+        model = mlp(23, (6, 5, 4), torch.float32)
+        with torch.no_grad():
+            for b in select(model):
+                b.parameter.mul_(3e37 / b.parameter.abs().max())
+        found = gs.Regularizer(model, energy, coupling="monitor").values()
+        exact = gs.Regularizer(copy.deepcopy(model).double(), energy, coupling="monitor").values()
+        assert found == pytest.approx(exact, rel=1e-5)  # rounding of float32, to the fourth power
+        assert found == pytest.approx(gs.measure(model, [energy]).totals, rel=1e-5)
+
+
+def test_energies_of_the_function_are_among_the_values_of_samples() -> None:
+    model = mlp(24)
+    x, y = (t[0] for t in batches(25))
+    reg = gs.Regularizer(model, "nuclear + dirichlet + jacobian_nuclear@monitor")
+    with pytest.warns(UserWarning, match=r"dirichlet, jacobian_nuclear: .* use values\(x, y\)"):
+        assert list(reg.values()) == ["nuclear"]
+    assert list(reg.values()) == ["nuclear"]  # said once
+    assert list(reg.values(x[:0], y[:0])) == ["nuclear"]
+    found = reg.values(x, y)
+    assert list(found) == ["nuclear", "dirichlet", "jacobian_nuclear"]
+    assert found == reg.values(x, y)
+    jacobians = torch.func.vmap(torch.func.jacrev(model))(x).detach()
+    # float64 rounding
+    assert found["dirichlet"] == pytest.approx(float(jacobians.square().sum((1, 2)).mean()), rel=1e-10)
+    assert found["jacobian_nuclear"] == pytest.approx(float(torch.linalg.svdvals(jacobians).sum(-1).mean()), rel=1e-10)
+
+
+# ------------------------------------------------------------------ energies that learn in training
+
+LEARNING = ["comhe(projection='adversarial', dimensions=3)", "comhe(projection='angle-preserving', dimensions=3)"]
+
+
+def learning(spec: str, **options) -> tuple[nn.Sequential, torch.optim.Optimizer, gs.Regularizer]:
+    model = mlp(26)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return model, optimizer, gs.Regularizer(model, f"1e-1*{spec}@loss", **options).attach(optimizer)
+
+
+def memory(reg: gs.Regularizer) -> torch.Tensor:
+    return torch.cat([v.flatten() for k, v in reg.state_dict().items() if k.startswith("memory/")])
+
+
+@pytest.mark.parametrize("spec", [*LEARNING, "comhe(dimensions=3)"])
+def test_energies_learn_once_a_step_whatever_the_accumulation(spec: str) -> None:
+    x, y = batches(27)
+    ends = []
+    for accumulate in (1, 4):
+        model, optimizer, reg = learning(spec)
+        run(model, optimizer, x[:6], y[:6], reg, accumulate=accumulate, use_loss=True)
+        ends.append((weights(model), memory(reg) if spec in LEARNING else torch.zeros(1)))
+    for one, four in zip(*ends, strict=True):
+        # the order of sums in float64, over 6 steps
+        torch.testing.assert_close(one, four, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", LEARNING)
+def test_learning_in_the_loss_is_learning_by_gradients(spec: str) -> None:
+    x, y = batches(28)
+    ends = []
+    for coupling in ("loss", "grad"):
+        model = mlp(26)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        reg = gs.Regularizer(model, f"1e-1*{spec}@{coupling}").attach(optimizer)
+        run(model, optimizer, x[:5], y[:5], reg, use_loss=coupling == "loss")
+        ends.append((weights(model), memory(reg)))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)  # the order of sums in float64
+
+
+@pytest.mark.parametrize("options", [{"spec": LEARNING[0]}, {"spec": "nuclear", "gap": 0.05}], ids=repr)
+def test_evaluation_under_no_grad_changes_nothing(options: dict) -> None:
+    x, y = batches(29)
+    ends = []
+    for evaluated in (False, True):
+        model, optimizer, reg = learning(**options)
+        for xb, yb in zip(x[:6], y[:6], strict=True):
+            for _ in range(3 if evaluated else 0):
+                with torch.no_grad():
+                    reg.loss(xb, yb)
+            optimizer.zero_grad()
+            inside = reg.loss(xb, yb)
+            with torch.no_grad():
+                assert torch.equal(inside, reg.loss(xb, yb))  # what training sees
+            (nn.functional.cross_entropy(model(xb), yb) + inside).backward()
+            optimizer.step()
+        ends.append((weights(model), reg.state_dict()))
+    assert torch.equal(ends[0][0], ends[1][0])
+    for key, value in ends[0][1].items():
+        assert torch.equal(value, ends[1][1][key]) if isinstance(value, torch.Tensor) else value == ends[1][1][key]
+
+
+def test_an_evaluation_alone_is_no_term_in_the_loss() -> None:
+    model, optimizer, reg = learning(LEARNING[0])
+    start = memory(reg)
+    x, y = (t[0] for t in batches(30))
+    with torch.no_grad():
+        reg.loss(x, y)
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="did not act"):
+        optimizer.step()
+    assert torch.equal(start, memory(reg))
+
+
+def test_a_state_saved_between_loss_and_step_is_of_before_the_step() -> None:
+    x, y = batches(31)
+    model, optimizer, reg = learning(LEARNING[1])
+    run(model, optimizer, x[:2], y[:2], reg, use_loss=True)
+    at = memory(reg)
+    reg.loss(x[2], y[2])
+    assert torch.equal(at, memory(reg))
+    twin = learning(LEARNING[1])[2]
+    twin.model.load_state_dict(model.state_dict())
+    twin.load_state_dict(reg.state_dict())
+    assert torch.equal(reg.loss(x[2], y[2]), twin.loss(x[2], y[2]))
+
+
+def test_a_closure_learns_once_a_step() -> None:
+    x, y = (t[0] for t in batches(32))
+    model = mlp(26)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-12, max_iter=4, tolerance_change=0, tolerance_grad=0)
+    reg = gs.Regularizer(model, f"1e-1*{LEARNING[0]}").attach(optimizer)
+    plain = learning(LEARNING[0])[2]
+    plain.loss(x, y)
+    plain.step_count = 1  # so that the state is of after the step
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    # the weights move by 1e-12 and less
+    torch.testing.assert_close(memory(reg), memory(plain), rtol=1e-6, atol=1e-9)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from groundstate.amortized import Amortized
 from groundstate.blocks import Block, canonical, last_linear
@@ -68,6 +69,23 @@ class Placed:
     @property
     def per_block(self) -> bool:
         return isinstance(self.energy, MatrixEnergy)
+
+    @property
+    def selected(self) -> bool:
+        """Whether it acts on the weights that were selected."""
+        return isinstance(self.energy, MatrixEnergy | TrajectoryEnergy)
+
+    def formula(self, optimizer: Optimizer | None) -> str:
+        """Returns the exact update, for this optimizer."""
+        if self.coupling == "monitor":
+            return "measured only"
+        if self.coupling == "prox":
+            return f"after the step, W <- prox of lr * {self.strength:g} * {self.key}"
+        if self.coupling == "loss":
+            return f"loss + {self.strength:g} * {self.key}"
+        if isinstance(self.energy, TrajectoryEnergy) and optimizer is not None:
+            return self.energy.explain(self.strength, optimizer)
+        return f"before the step, g <- g + {self.strength:g} * gradient of {self.key}"
 
     def at(self, block: Block) -> MatrixEnergy:
         """Returns the matrix energy that acts on a weight."""
@@ -184,6 +202,34 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
     return placed
 
 
+def refuse_idle(placed: list[Placed], *, coupling: Coupling, every: int, select: str | None, schedule: Any) -> None:
+    """Refuses options that no term takes; the defaults, and an empty sum as of a baseline, pass.
+
+    Raises:
+        UsageError: names the option, and why it plays no part.
+    """
+    acting = [p for p in placed if p.coupling != "monitor"]
+    idle = {
+        f"coupling={coupling!r}": (
+            coupling != "grad" and all(p.coupling != coupling for p in placed),
+            "all terms act by others",
+        ),
+        f"every={every}": (
+            every != 1 and all(isinstance(p.energy, TrajectoryEnergy) for p in acting),
+            "no term acts, or only such as must see every step",
+        ),
+        f"schedule={schedule!r}": (schedule is not None and not acting, "no term acts"),
+        f"select={select!r}": (
+            select is not None and not any(p.selected for p in placed),
+            "the terms find what they act on in the model itself",
+        ),
+    }
+    spec = " + ".join(f"{p.key}@{p.coupling}" for p in placed)
+    for option, (found, why) in idle.items():
+        if placed and found:
+            raise UsageError(f"{option} plays no part in {spec}, where {why}: leave it out")
+
+
 def keep_gradients(placed: list[Placed], gap: float, every: int) -> dict[str, Amortized]:
     """Returns what keeps the gradients of the terms that have certified bounds, by their keys.
 
@@ -261,6 +307,14 @@ def warn_not_asked(firing: list[Placed], warned: set[str]) -> None:
         warnings.warn(
             f"{', '.join(new)} did not act in this step: add reg.loss(x, y) to the loss before backward", stacklevel=4
         )
+
+
+def warn_without_samples(placed: list[Placed], warned: set[str]) -> None:
+    """Names the energies of the function that are left out of values without samples, once."""
+    left = [p.key for p in placed if isinstance(p.energy, FunctionEnergy)]
+    if left and "samples" not in warned:
+        warned.add("samples")
+        warnings.warn(f"{', '.join(left)}: not among the values without samples, use values(x, y)", stacklevel=3)
 
 
 def warn_without_gradient(blocks: list[Block], warned: set[str]) -> None:

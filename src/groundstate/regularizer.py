@@ -35,15 +35,18 @@ from groundstate.couplings import (
     differentiable_value,
     keep_gradients,
     place,
+    refuse_idle,
     total_value,
     warn_not_asked,
     warn_without_gradient,
+    warn_without_samples,
 )
-from groundstate.energies.base import Coupling, Energy, Sum, Term, TrajectoryEnergy
+from groundstate.energies.base import Coupling, Energy, FunctionEnergy, Sum, Term, TrajectoryEnergy
 from groundstate.energies.capabilities import Proximable
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.flat_state import below, restore
+from groundstate.memories import Memories
 from groundstate.schedules import schedule as make_schedule
 
 Schedule = Callable[[int], float]
@@ -69,7 +72,7 @@ class Regularizer:
 
     Raises:
         UsageError: nothing is selected; a coupling that an energy does not have; a model that a network energy cannot
-            order; sharded parameters; a gap where no energy has bounds.
+            order; sharded parameters; a gap where no energy has bounds; an option that plays no part.
 
     Example:
         >>> import torch
@@ -111,7 +114,8 @@ class Regularizer:
         for p in self.placed:
             if isinstance(p.energy, TrajectoryEnergy) and p.key not in self._trajectories:
                 self._trajectories[p.key] = p.energy.init(self._matrices())
-        self._memories = {p.key: p.memories(partial(self._probe, p)) for p in self.placed}
+        refuse_idle(self.placed, coupling=coupling, every=every, select=select, schedule=schedule)
+        self._memories = Memories({p.key: p.memories(partial(self._probe, p)) for p in self.placed})
         self._amortized = {} if gap is None else keep_gradients(self.placed, gap, every)
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
@@ -160,16 +164,19 @@ class Regularizer:
         """Returns the terms of coupling ``loss``, a scalar to add to the loss of the (micro-)batch ``x, y``.
 
         With gradient accumulation divide it with the loss, by the number of micro-batches of the window. Attach the
-        regularizer first: the optimizer's steps decide which samples, probes and lazy firings come next.
+        regularizer first: the optimizer's steps decide which samples, probes and lazy firings come next. An energy that
+        learns does so once in each of them, and not under ``torch.no_grad()``.
 
         Raises:
             NonFiniteError: names the energy and the weight.
         """
         first = next(self.model.parameters(), None)
         total = torch.zeros((), device=None if first is None else first.device)
-        self._asked = True
+        learning = torch.is_grad_enabled()
+        self._asked |= learning
         for p in self._firing("loss"):
-            total = total + self._scale(p) * differentiable_value(p, self.model, x, y, self._probe(p), self._turn(p))
+            turn = self._turn(p, learning=learning)
+            total = total + self._scale(p) * differentiable_value(p, self.model, x, y, self._probe(p), turn)
         return total
 
     def add_gradients(self, scale: float = 1.0) -> None:
@@ -197,25 +204,39 @@ class Regularizer:
     def apply_prox(self, step: float) -> None:
         """Applies the proximal map of ``step * strength`` of every term that has one, e.g. as the last act of training.
 
-        A gradient leaves small singular values (or entries) that never become zero; one prox makes ranks exact.
+        A gradient leaves small singular values (or entries) that never become zero; one prox makes ranks exact. Warns
+        where no term has one.
 
         Args:
             step: Step length, finite and not negative; the threshold of a nuclear norm is ``step * strength``.
         """
         if not math.isfinite(step) or step < 0:
             raise UsageError(f"the step of a prox must be finite and not negative, got {step!r}")
-        for p in self.placed:
-            if isinstance(p.energy, Proximable) and p.coupling != "monitor":
-                self._prox(p, {b.name: step for b in self.blocks})
+        movable = [p for p in self.placed if isinstance(p.energy, Proximable) and p.coupling != "monitor"]
+        if not movable:
+            warnings.warn(f"no term of {self.energy!r} that acts has a prox: the weights are unchanged", stacklevel=2)
+        for p in movable:
+            self._prox(p, {b.name: step for b in self.blocks})
 
     # ------------------------------------------------------------------ measuring
 
-    def values(self) -> dict[str, float]:
-        """Returns the value of every term, without its strength, by the energy's spec; trajectories add a summary."""
+    def values(self, x: Tensor | None = None, y: Tensor | None = None) -> dict[str, float]:
+        """Returns the value of every term, without its strength, by the energy's spec; trajectories add a summary.
+
+        Args:
+            x: Samples on which energies of the function are measured, all of them and as `groundstate.measure` does,
+                with the same probes every time. ``None`` leaves these energies out, and a warning names them once; so
+                does an empty batch, without a word.
+            y: Labels, where an energy needs them.
+        """
         found: dict[str, float] = {}
+        if x is None:
+            warn_without_samples(self.placed, self._warned)
         for p in self.placed:
             if isinstance(p.energy, TrajectoryEnergy):
                 found |= p.energy.summary(self._trajectories[p.key])
+            elif isinstance(p.energy, FunctionEnergy) and x is not None and len(x):
+                found[p.key] = p.energy.estimate(self.model, x, y, probe=torch.Generator().manual_seed(0)).value
             elif (value := total_value(p)) is not None:
                 found[p.key] = value
         return found
@@ -232,26 +253,15 @@ class Regularizer:
         """Returns what acts where, the exact update of each term, and the weights it sees."""
         lines = [f"energy: {self.energy!r}"]
         for p in self.placed:
-            lines.append(f"- {p.key}, strength {p.strength:g}, coupling {p.coupling}: {self._formula(p)}")
+            lines.append(f"- {p.key}, strength {p.strength:g}, coupling {p.coupling}: {p.formula(self._optimizer)}")
         if self.every > 1:
             lines.append(f"acting at every {self.every}th step, {self.every} times as strong")
-        for kept in self._amortized.values():
-            lines.append(f"gradients kept until the energy is {kept.gap:g} of itself above the bound by them")
+        for key, kept in self._amortized.items():
+            lines.append(f"gradients of {key} kept until it is {kept.gap:g} of itself above the bound by them")
         lines.append(f"weights ({len(self.blocks)}): {', '.join(b.name for b in self.blocks)}")
         if half := [b.name for b in self.blocks if b.parameter.dtype in (torch.bfloat16, torch.float16)]:
             lines.append(f"half precision ({', '.join(half)}): changes below half a unit in the last place are lost")
         return "\n".join(lines)
-
-    def _formula(self, p: Placed) -> str:
-        if p.coupling == "monitor":
-            return "measured only"
-        if p.coupling == "prox":
-            return f"after the step, W <- prox of lr * {p.strength:g} * {p.key}"
-        if p.coupling == "loss":
-            return f"loss + {p.strength:g} * {p.key}"
-        if isinstance(p.energy, TrajectoryEnergy) and self._optimizer is not None:
-            return p.energy.explain(p.strength, self._optimizer)
-        return f"before the step, g <- g + {p.strength:g} * gradient of {p.key}"
 
     # ------------------------------------------------------------------ state
 
@@ -262,7 +272,7 @@ class Regularizer:
             state |= {f"trajectory/{key}/{k}": v.clone() for k, v in trajectory.items()}
         for key, kept in self._amortized.items():
             state |= {f"kept/{key}/{k}": v for k, v in kept.state().items()}
-        return state | {f"memory/{k}": v.clone() for k, v in self._remembered().items()}
+        return state | {f"memory/{k}": v.clone() for k, v in self._memories.flat(self.step_count).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`; load the weights of the model first.
@@ -287,7 +297,8 @@ class Regularizer:
                         f"the weights moved by {jump:.3g} since the state of {key} was saved: not counted in its path",
                         stacklevel=2,
                     )
-        restore(self._remembered(), state, "memory/", matrices)
+        restore(self._memories.flat(), state, "memory/", matrices)
+        self._memories.restart()
         for key, kept in self._amortized.items():
             kept.load(below(state, f"kept/{key}/"))
         self.step_count = int(state["step"])
@@ -386,19 +397,12 @@ class Regularizer:
         scale = p.strength * self.schedule(self.step_count)
         return scale if isinstance(p.energy, TrajectoryEnergy) else scale * self.every
 
-    def _turn(self, p: Placed, valued: bool = True) -> Turn:
+    def _turn(self, p: Placed, valued: bool = True, learning: bool = True) -> Turn:
         kept = self._amortized.get(p.key)
         rates = [] if self._optimizer is None else [float(g["lr"]) for g in self._optimizer.param_groups]
         act = None if kept is None else partial(kept.act, self.step_count, valued, max(rates, default=0.0))
-        return Turn(self._trajectories.get(p.key, {}), self._memories[p.key], partial(self._probe, p), act)
-
-    def _remembered(self) -> dict[str, Tensor]:
-        return {
-            f"{key}/{name}/{k}": v
-            for key, blocks in self._memories.items()
-            for name, memory in blocks.items()
-            for k, v in memory.items()
-        }
+        memories = self._memories.at(p.key, self.step_count, learning)
+        return Turn(self._trajectories.get(p.key, {}), memories, partial(self._probe, p), act)
 
     def _probe(self, p: Placed, name: str = "") -> torch.Generator:
         key = f"{self.seed}/{self.step_count}/{p.key}" + (f"/{name}" if name else "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from groundstate.cli.console import Meter, Output, error_line, percent
-from groundstate.cli.options import SETTINGS, Out, verb
+from groundstate.cli.options import SETTINGS, Out, refuse_idle, verb
 
 if TYPE_CHECKING:
     from groundstate.training.config import TrainConfig
@@ -172,6 +172,7 @@ def _started(out: Path | None, energy: list[str] | None, seeds: int | None, give
     from groundstate.training.recorder import write_json
 
     plan = _plan(energy or DEFAULT_ENERGIES, 5 if seeds is None else seeds, TrainConfig.from_dict(given))
+    refuse_idle(given, plan.config, plan.energies)
     folder = out or new_folder("compare", plan.digest)
     if (folder / PLAN).exists():
         raise UsageError(f"{folder} holds a comparison already: continue it with --resume {folder}, or choose another")

@@ -11,11 +11,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from groundstate.cli.console import Output
+
+if TYPE_CHECKING:
+    from groundstate.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,32 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.",
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write.", metavar="DIR", rich_help_panel="Run")]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the files of MNIST.", metavar="DIR")]
+
+
+def refuse_idle(given: Iterable[str], config: TrainConfig, energies: Iterable[str]) -> None:
+    """Refuses options of a training that were given and that nothing takes.
+
+    Raises:
+        UsageError: names the option, and why it plays no part.
+    """
+    from groundstate.energies.capabilities import Proximable
+    from groundstate.energies.registry import parse
+    from groundstate.errors import UsageError
+
+    terms = [t for spec in energies for t in parse(spec).terms]
+    movable = [t for t in terms if isinstance(t.energy, Proximable) and (t.coupling or config.coupling) != "monitor"]
+    reasons: dict[str, str] = {}
+    if not terms:
+        reasons |= dict.fromkeys(("coupling", "every", "gap", "select", "final_prox"), "without --energy")
+    if terms and not movable:
+        reasons["final_prox"] = "where no term that acts has a prox"
+    if config.optimizer != "sgd":
+        reasons["momentum"] = f"with the optimizer {config.optimizer}"
+    if config.data == "digits":
+        reasons["data_dir"] = "with digits, which are embedded"
+    for setting in SETTINGS:
+        if setting.field in reasons and setting.field in given:
+            raise UsageError(f"{setting.flag} plays no part {reasons[setting.field]}: leave it out")
 
 
 def verb(settings: Iterable[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from groundstate.cli.console import Meter, Output, figure, percent, table
-from groundstate.cli.options import SETTINGS, Out, verb
+from groundstate.cli.options import SETTINGS, Out, refuse_idle, verb
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +44,7 @@ def train(
             raise UsageError("--resume names the folder already: leave out --out")
         config = TrainConfig.from_dict(read_config(resume).to_dict() | given)
         folder = resume
+    refuse_idle(given, config, [config.energy])
     length = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
     output.note(f"{config.energy} on {config.data}, seed {config.seed}, {length}: {folder}")
     with output.progress(config.epochs, "epoch") as meter:

@@ -324,6 +324,13 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def refuse_unused(energy: Energy, where: str, *names: str) -> None:
+    """Raises `UsageError` where one of these fields is not at its default: for fields without effect beside others."""
+    for f in fields(energy):
+        if f.name in names and (got := getattr(energy, f.name)) != f.default:
+            raise UsageError(f"{f.name}={got!r} of {energy.name} plays no part with {where}: leave it out")
+
+
 def is_whole(value: object, least: int = 0) -> TypeGuard[int]:
     """Whether a value is a whole number (``True`` is none) from ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

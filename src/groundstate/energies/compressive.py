@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from groundstate.energies.base import MatrixEnergy, Traits, is_number, is_whole, require
+from groundstate.energies.base import MatrixEnergy, Traits, is_number, is_whole, refuse_unused, require
 from groundstate.energies.capabilities import Evolving
 from groundstate.energies.hyperspherical import HypersphericalEnergy
 
@@ -89,6 +89,10 @@ class CompressiveHypersphericalEnergy(MatrixEnergy, Evolving):
             value = getattr(self, name)
             require(is_whole(value, least), f"{name} must be a whole number from {least}, got {value!r}")
         require(is_number(self.rate) and self.rate > 0, f"rate must be finite and positive, got {self.rate!r}")
+        if self.projection in ("random", "group"):
+            refuse_unused(self, f"projection={self.projection!r}", "rate")
+        if self.projection == "group":
+            refuse_unused(self, "projection='group'", "count", "seed")
         self._energy()
 
     @classmethod

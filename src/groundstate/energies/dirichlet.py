@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, Traits, is_number, is_whole, require
+from groundstate.energies.base import Estimate, Traits, is_number, is_whole, refuse_unused, require
 from groundstate.energies.jacobian import MAX_OUTPUTS, JacobianEnergy
 from groundstate.jacobian import probes as probing
 from groundstate.jacobian.function import Function, function
@@ -68,6 +68,10 @@ class Dirichlet(JacobianEnergy):
         require(self.estimator in known, f"estimator must be one of {', '.join(known)}, got {self.estimator!r}")
         require(is_whole(self.probes, 1), f"probes must be a whole number from 1, got {self.probes!r}")
         require(is_number(self.sigma) and self.sigma > 0, f"sigma must be finite and positive, got {self.sigma!r}")
+        if self.estimator in ("vjp", "jvp", "exact"):
+            refuse_unused(self, f"estimator={self.estimator!r}", "sigma")
+        if self.estimator == "exact":
+            refuse_unused(self, "estimator='exact'", "probes")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

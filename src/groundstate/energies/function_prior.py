@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from groundstate.energies.base import Estimate, FunctionEnergy, Traits, is_number, is_whole, require
+from groundstate.energies.base import Estimate, FunctionEnergy, Traits, is_number, is_whole, refuse_unused, require
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian.function import blame, frozen, supplied
 from groundstate.layers import unwrapped
@@ -125,6 +125,8 @@ class FunctionSpacePrior(FunctionEnergy):
             f"scaling='paper' and train_size, the number of training samples that it divides by, go together; got "
             f"scaling={self.scaling!r}, train_size={self.train_size!r}",
         )
+        if self.c == 0:
+            refuse_unused(self, "c=0, which needs no prior network,", "prior_seed")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

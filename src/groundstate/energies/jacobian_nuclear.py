@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import Estimate, Traits, is_number, require
+from groundstate.energies.base import Estimate, Traits, is_number, refuse_unused, require
 from groundstate.energies.jacobian import MAX_OUTPUTS, JacobianEnergy, spectra
 from groundstate.errors import UsageError
 from groundstate.jacobian import exact, probes
@@ -79,6 +79,12 @@ class JacobianNuclear(JacobianEnergy):
         known = self.estimator in _ESTIMATORS
         require(known, f"estimator must be one of {', '.join(_ESTIMATORS)}, got {self.estimator!r}")
         require(is_number(self.sigma) and self.sigma > 0, f"sigma must be finite and positive, got {self.sigma!r}")
+        if self.method == "exact":
+            refuse_unused(self, "method='exact'", "cut", "estimator", "sigma")
+        if self.method == "factorized":
+            refuse_unused(self, "method='factorized'", "route")
+        if self.estimator in ("vjp", "exact"):
+            refuse_unused(self, f"estimator={self.estimator!r}", "sigma")
 
     @classmethod
     def examples(cls) -> tuple[Self, ...]:

@@ -125,7 +125,12 @@ def _terms(node: ast.expr, spec: str) -> list[Term]:
             raise UsageError(
                 f"cannot read {ast.unparse(node)!r} in {spec!r}: after @ comes loss, grad, prox or monitor"
             )
-        return [t.via(node.right.id) for t in _terms(node.left, spec)]  # pyright: ignore[reportArgumentType]
+        terms = _terms(node.left, spec)
+        if named := [t for t in terms if t.coupling is not None]:
+            raise UsageError(
+                f"{named[0]!r} names its coupling already, and @{node.right.id} in {spec!r}: leave one out"
+            )
+        return [t.via(node.right.id) for t in terms]  # pyright: ignore[reportArgumentType]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         strength, energy = (node.left, node.right) if _number(node.left) is not None else (node.right, node.left)
         factor = _number(strength)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from groundstate.blocks import select
 from groundstate.compress import truncate
-from groundstate.energies.base import FunctionEnergy, TrajectoryEnergy
+from groundstate.energies.base import TrajectoryEnergy
 from groundstate.measure_function import measure_function
 from groundstate.norms.spectral import singular_values
 from groundstate.regularizer import Regularizer
@@ -119,15 +119,9 @@ def measured(regularizers: Iterable[Regularizer], x: Tensor, y: Tensor) -> tuple
     path: dict[str, float] = {}
     for regularizer in regularizers:
         of_path = {p.key for p in regularizer.placed if isinstance(p.energy, TrajectoryEnergy)}
-        values = regularizer.values()
-        for p in regularizer.placed:
-            if isinstance(p.energy, FunctionEnergy) and len(x):
-                probe = torch.Generator().manual_seed(0)
-                few = x[:FUNCTION_SAMPLES], y[:FUNCTION_SAMPLES]
-                energies[p.key] = p.energy.estimate(regularizer.model, *few, probe=probe).value
-        of_weights = {p.key for p in regularizer.placed} - of_path
-        for key, value in values.items():
-            (energies if key in of_weights else path)[key] = value
+        terms = {p.key for p in regularizer.placed} - of_path
+        for key, value in regularizer.values(x[:FUNCTION_SAMPLES], y[:FUNCTION_SAMPLES]).items():
+            (energies if key in terms else path)[key] = value
     return energies, path
 
 
