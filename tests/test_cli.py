@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from groundstate.cli import compare
 from groundstate.cli.main import app, explain
-from groundstate.cli.options import SETTINGS
+from groundstate.cli.options import SETTINGS, without
+from groundstate.report.load import load
 from groundstate.training.config import TrainConfig
 
 RUNNER = CliRunner()
@@ -125,11 +127,16 @@ def test_a_mistyped_verb_or_option_names_the_nearest() -> None:
         (["--coupling", "prox"], "--coupling plays no part without --energy"),
         (["--select", "0.*"], "--select plays no part without --energy"),
         (["--final-prox", "1"], "--final-prox plays no part without --energy"),
-        (["--final-prox", "1", "--energy", "graph"], "--final-prox plays no part where no term that acts has a prox"),
+        (["--final-prox", "1", "--energy", "graph"], "--final-prox plays no part in graph, where"),
         (["--optimizer", "adam", "--momentum", "0.5"], "--momentum plays no part with the optimizer adam"),
         (["--data-dir", "x"], "--data-dir plays no part with digits"),
-        (["--every", "4", "--energy", "path_energy"], "every=4 plays no part in path_energy@grad"),
-        (["--coupling", "prox", "--energy", "nuclear@grad"], "coupling='prox' plays no part in nuclear@grad"),
+        (["--final-prox", "1", "--energy", "nuclear@monitor"], "--final-prox plays no part in nuclear@monitor, where"),
+        (["--every", "4", "--energy", "path_energy"], "--every plays no part in path_energy, where"),
+        (["--coupling", "prox", "--energy", "nuclear@grad"], "--coupling plays no part in nuclear@grad, where"),
+        (["--coupling", "prox", "--energy", "graph"], "--coupling plays no part in graph, where"),
+        (["--select", "0.*", "--energy", "graph"], "--select plays no part in graph, where"),
+        (["--gap", "0.1", "--energy", "nuclear@prox"], "--gap plays no part in nuclear@prox, where"),
+        (["--gap", "0.1", "--energy", "nuclear", "--every", "4"], "leave every=4 out, or the gap"),
     ],
 )
 def test_options_that_nothing_takes_are_refused(options: list[str], told: str, tmp_path: Path) -> None:
@@ -384,6 +391,58 @@ def test_compare_reports_failures_and_goes_on(tmp_path: Path) -> None:
     assert [f["exit_code"] for f in found["failures"]] == [4]
     assert [row["energy"] for row in found["summary"]] == ["none"]
     assert "1e30-squared-frobenius-seed0" in result.stderr.splitlines()[-1]
+
+
+TAKEN = {  # by which of the default energies, in their order
+    ("every", 4): [True, True, True, True, False],
+    ("gap", 0.1): [True, False, True, False, False],
+    ("select", "0.*"): [True, True, False, True, True],
+    ("final_prox", 2.0): [True, True, False, True, False],
+    ("coupling", "prox"): [True, True, False, True, False],
+    ("coupling", "loss"): [True, False, True, False, False],
+    ("coupling", "monitor"): [True, False, True, False, True],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), TAKEN)
+def test_each_run_of_a_comparison_is_given_what_its_energy_takes(option: str, value: Any) -> None:
+    config = TrainConfig.from_dict({option: value})
+    plan = compare._plan(compare.DEFAULT_ENERGIES, 1, config, {option})
+    compare._check(plan)
+    default = getattr(TrainConfig, option)
+    none, *given = [cell.config[option] for cell in plan.cells()]
+    assert none == default
+    assert given == [value if takes else default for takes in TAKEN[option, value]]
+    left = [e for e, takes in zip(compare.DEFAULT_ENERGIES, TAKEN[option, value], strict=True) if not takes]
+    flag = "--" + option.replace("_", "-")
+    assert [line.partition(" (")[0] for line in without(config, plan.labels)] == [f"without {flag}: {', '.join(left)}"]
+
+
+def test_a_comparison_with_options_that_some_energies_take(tmp_path: Path) -> None:
+    folder, common = tmp_path / "c", ["--jobs", "1", "--quiet"]
+    options = ["--every", "4", "--final-prox", "2"]
+    energies = ["--energy", "1e-2*nuclear", "--energy", "path_energy"]
+    first = call("compare", *energies, *options, "--seeds", "1", *SMALL, "--out", folder, *common)
+    assert first.exit_code == 0, first.stderr
+    assert not first.stderr  # no run warns of what it cannot take
+    settings = {p.name: json.loads((p / "run.json").read_text())["config"] for p in (folder / "runs").iterdir()}
+    assert {name: (c["every"], c["final_prox"]) for name, c in settings.items()} == {
+        "none-seed0": (1, None),
+        "0.01-nuclear-seed0": (4, 2.0),
+        "path-energy-seed0": (1, None),
+    }
+    study = load([folder])
+    assert [g.label for g in study.groups] == ["none", "1e-2*nuclear", "path_energy"]
+    assert not study.problems
+    assert (study.settings["every"], study.settings["final_prox"]) == (4, 2.0)
+    assert "every: 4 -> 8" in refused(2, "compare", "--resume", folder, "--every", "8")
+    assert "gap: None -> 0.1" in refused(2, "compare", "--resume", folder, "--gap", "0.1")
+    assert "--data-dir plays no part" in refused(2, "compare", "--resume", folder, "--data-dir", "x")
+    (folder / "runs" / "path-energy-seed0" / "summary.json").unlink()
+    again = call("compare", "--resume", folder, *options, "--jobs", "1")
+    assert again.exit_code == 0, again.stderr
+    assert again.stderr.count("done before") == 2
+    assert "without --every: path_energy (" in again.stderr
 
 
 def test_compare_refuses_what_cannot_work_before_it_starts(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from torch import nn
 import groundstate as gs
 from groundstate.blocks import select
 from groundstate.energies import L1, GraphEnergy, Nuclear, PathEnergy, SquaredFrobenius, registered
-from groundstate.energies.base import MatrixEnergy, NetworkEnergy
+from groundstate.energies.base import Coupling, MatrixEnergy, NetworkEnergy
+from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
+from groundstate.idle import taken
 
 STEPS = 50
 
@@ -399,7 +401,9 @@ def test_missing_gradients_are_skipped_and_named_once():
         (lambda m: gs.Regularizer(m, "nuclear@monitor", schedule="linear:3"), "schedule='linear:3' plays no part"),
         (lambda m: gs.Regularizer(m, "graph + dirichlet", select="0.*"), "select='0\\.\\*' plays no part"),
         (lambda m: gs.Regularizer(m, "nuclear", every=2, gap=0.1), "leave every=2 out, or the gap"),
-        (lambda m: gs.Regularizer(m, "schatten(p=0.5)", gap=0.1), "leave the gap out"),
+        (lambda m: gs.Regularizer(m, "schatten(p=0.5)", gap=0.1), "gap=0.1 plays no part in .* certified bounds"),
+        (lambda m: gs.Regularizer(m, "none", every=2, gap=0.1), "leave every=2 out, or the gap"),
+        (lambda m: gs.Regularizer(m, "none", gap=2.0), "between 0 and 1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(make, message):
@@ -451,6 +455,7 @@ def test_options_that_play_a_part_somewhere_pass() -> None:
     gs.Regularizer(model, "graph + nuclear", select="0.*", every=2, schedule="linear:3")
     gs.Regularizer(model, "path_energy", schedule="linear:3", select="0.*")
     gs.Regularizer(model, "none", every=3, coupling="prox")  # the baseline of a sweep
+    assert gs.Regularizer(model, "none", gap=0.1).wear() == {}
     kept = gs.Regularizer(model, "nuclear + schatten(p=0.5)", gap=0.1).describe()
     assert "gradients of nuclear kept" in kept
     assert "gradients of schatten" not in kept
@@ -603,3 +608,28 @@ def test_a_closure_learns_once_a_step() -> None:
     optimizer.step(closure)
     # the weights move by 1e-12 and less
     torch.testing.assert_close(memory(reg), memory(plain), rtol=1e-6, atol=1e-9)
+
+
+def refusal(model: nn.Module, spec: str, **options) -> str:
+    try:
+        gs.Regularizer(model, spec, **options)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("coupling", ["grad", "prox", "loss", "monitor"])
+@pytest.mark.parametrize("name", registered())
+def test_a_spec_tells_what_a_regularizer_takes(name: str, coupling: Coupling) -> None:
+    """Each option alone, on a network that the energy can read: refused where it is not among those of the spec."""
+    kinds = {"attention": nn.TransformerEncoderLayer(4, 2, 4), "conv": nn.Sequential(nn.Conv2d(2, 3, 3))}
+    model = next((m for kind, m in kinds.items() if name.startswith(kind)), mlp(33, (6, 5, 4)))
+    values = {"every": 2, "gap": 0.1, "select": "*", "schedule": "linear:3"}
+    for energy in registered()[name].examples():
+        spec = f"{energy!r}@{coupling}"
+        acts = not refusal(model, spec)
+        assert acts == ("coupling" in taken(parse(repr(energy)), coupling))
+        for option, value in values.items() if acts else ():
+            found = refusal(model, spec, **{option: value})
+            assert found.startswith(f"{option}={value!r} plays no part" if found else "")
+            assert (not found) == (option in taken(parse(spec)))

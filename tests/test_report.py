@@ -347,6 +347,26 @@ def test_resumed_epochs_count_once_and_the_later_line_wins(tmp_path: Path) -> No
     assert run.epochs[2]["val_loss"] == 9.5
 
 
+def test_settings_that_an_energy_does_not_take_are_no_difference(tmp_path: Path) -> None:
+    """The order is that of the comparison; an energy that is not known here is taken to take all."""
+    rng = np.random.default_rng(15)
+    given = {"0.001*nuclear": (4, "prox"), "path_energy": (1, "grad"), "none": (1, "grad"), "graph": (4, "grad")}
+    for energy, (every, coupling) in given.items():
+        at = write_run(tmp_path / "runs" / energy.replace("*", "-"), energy, 0, 0.0, rng, epochs=1) / "run.json"
+        manifest = read_json(at)
+        manifest["config"] |= {"every": every, "coupling": coupling}
+        write_json(at, manifest)
+    write_json(tmp_path / "compare.json", {"energies": ["none", *(e for e in given if e != "none")], "seeds": [0]})
+    study = load([tmp_path])
+    named = ["none", "0.001*nuclear (coupling=prox)", "path_energy (coupling=grad)", "graph (coupling=grad)"]
+    assert [g.label for g in study.groups] == named
+    assert [p.what for p in study.problems] == ["the runs differ in 'coupling', not only in their energy and seed"]
+    assert study.settings["every"] == 4
+    unknown = write_run(tmp_path / "runs" / "own", "energy_of_my_own", 0, 0.0, rng, epochs=1) / "run.json"
+    write_json(unknown, {**read_json(unknown), "config": read_json(unknown)["config"] | {"every": 2}})
+    assert [p.what for p in load([tmp_path]).problems if "every" in p.what]
+
+
 def test_hostile_text_is_neutralized_everywhere(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
     evil = '=<script>alert("$x$")</script>\x1b[31m[red]\u202e_'

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from groundstate import idle
 from groundstate.amortized import Amortized
 from groundstate.blocks import Block, canonical, last_linear
 from groundstate.energies.base import (
@@ -25,7 +26,7 @@ from groundstate.energies.base import (
     is_number,
     summed,
 )
-from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule, Proximable
+from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.layers import ordered_layers
 
@@ -71,9 +72,13 @@ class Placed:
         return isinstance(self.energy, MatrixEnergy)
 
     @property
-    def selected(self) -> bool:
-        """Whether it acts on the weights that were selected."""
-        return isinstance(self.energy, MatrixEnergy | TrajectoryEnergy)
+    def acting(self) -> list[Energy]:
+        """The energy as it acts: at each of its weights, or once."""
+        return [self.at(b) for b in self.blocks] if self.per_block else [self.energy]
+
+    def takes(self, option: str) -> bool:
+        """Whether it takes an option, wherever it acts."""
+        return all(idle.takes(option, energy, self.coupling) for energy in self.acting)
 
     def formula(self, optimizer: Optimizer | None) -> str:
         """Returns the exact update, for this optimizer."""
@@ -104,9 +109,8 @@ class Placed:
     def amortized(self, gap: float) -> Amortized | None:
         """Returns what keeps gradients until they are ``gap`` too old; ``None``: the energy has no bounds."""
         groups = [(b,) for b in self.blocks] if self.per_block else [self.blocks]
-        energies = [self.at(b) for b in self.blocks] if self.per_block else [self.energy]
-        anchored = [e for e in energies if isinstance(e, Anchored) and e.bounded()]
-        if self.coupling not in ("grad", "loss") or len(anchored) < len(groups) or not groups:
+        anchored = [e for e in self.acting if isinstance(e, Anchored)]
+        if not (groups and self.takes("gap")):
             return None
         return Amortized(anchored, groups, gap, partial(_named, self))
 
@@ -169,18 +173,9 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
         UsageError: the energy does not have that coupling, or the model cannot be ordered.
     """
     energy = term.energy
-    coupling = term.coupling or ("loss" if isinstance(energy, FunctionEnergy) and default != "monitor" else default)
-    if coupling == "prox" and not isinstance(energy, Proximable):
-        other = "loss" if isinstance(energy, FunctionEnergy) else "grad"
-        raise UsageError(f"{energy!r} has no proximal map: let it act by '{term.strength:g}*{energy!r}@{other}'")
-    if coupling in ("grad", "loss") and not energy.traits.differentiable:
-        raise UsageError(f"{energy!r} only measures: write '{energy!r}@monitor'")
-    if isinstance(energy, TrajectoryEnergy) and coupling == "loss":
-        raise UsageError(f"{energy!r} acts on steps, not in the loss: write '{term.strength:g}*{energy!r}@grad'")
-    if isinstance(energy, FunctionEnergy) and coupling == "grad":
-        raise UsageError(
-            f"{energy!r} needs the batch: write '{term.strength:g}*{energy!r}@loss' and add reg.loss(x, y)"
-        )
+    coupling = idle.settle(term, default)
+    if why := idle.misfit(term, coupling):
+        raise UsageError(why)
     if isinstance(energy, OfModel):
         energy, named = energy.for_model(model)
         blocks = [Block(name, parameter) for name, parameter in named]
@@ -202,52 +197,38 @@ def place(term: Term, model: nn.Module, blocks: list[Block], default: Coupling) 
     return placed
 
 
-def refuse_idle(placed: list[Placed], *, coupling: Coupling, every: int, select: str | None, schedule: Any) -> None:
+def refuse_idle(
+    placed: list[Placed], *, coupling: Coupling, every: int, gap: float | None, select: str | None, schedule: Any
+) -> None:
     """Refuses options that no term takes; the defaults, and an empty sum as of a baseline, pass.
 
     Raises:
         UsageError: names the option, and why it plays no part.
     """
-    acting = [p for p in placed if p.coupling != "monitor"]
-    idle = {
-        f"coupling={coupling!r}": (
-            coupling != "grad" and all(p.coupling != coupling for p in placed),
-            "all terms act by others",
-        ),
-        f"every={every}": (
-            every != 1 and all(isinstance(p.energy, TrajectoryEnergy) for p in acting),
-            "no term acts, or only such as must see every step",
-        ),
-        f"schedule={schedule!r}": (schedule is not None and not acting, "no term acts"),
-        f"select={select!r}": (
-            select is not None and not any(p.selected for p in placed),
-            "the terms find what they act on in the model itself",
-        ),
+    options: dict[str, tuple[Any, Any]] = {
+        "coupling": (coupling, "grad"),
+        "every": (every, 1),
+        "gap": (gap, None),
+        "select": (select, None),
+        "schedule": (schedule, None),
     }
-    spec = " + ".join(f"{p.key}@{p.coupling}" for p in placed)
-    for option, (found, why) in idle.items():
-        if placed and found:
-            raise UsageError(f"{option} plays no part in {spec}, where {why}: leave it out")
+    given = {name: f"{name}={value!r}" for name, (value, default) in options.items() if value != default}
+    taken = {name for name in given for p in placed if p.takes(name) or (name == "coupling" and p.coupling == coupling)}
+    if placed:
+        idle.refuse_idle(given, taken, " + ".join(f"{p.key}@{p.coupling}" for p in placed))
 
 
 def keep_gradients(placed: list[Placed], gap: float, every: int) -> dict[str, Amortized]:
     """Returns what keeps the gradients of the terms that have certified bounds, by their keys.
 
     Raises:
-        UsageError: the gap is not between 0 and 1, terms are to act at some steps only, or none has bounds.
+        UsageError: the gap is not between 0 and 1, or terms are to act at some steps only.
     """
     if not (is_number(gap) and 0 < gap < 1):
         raise UsageError(f"gap must be a number between 0 and 1, the share of the energy that may open, got {gap!r}")
     if every != 1:
         raise UsageError(f"with a gap terms act at every step: leave every={every} out, or the gap")
-    found = {p.key: kept for p in placed if (kept := p.amortized(gap)) is not None}
-    if not found:
-        energies = " + ".join(p.key for p in placed) or "none"
-        raise UsageError(
-            f"no term of {energies} has certified bounds and a gradient, so none can be kept until a gap of {gap:g}: "
-            "leave the gap out, or use a convex spectral energy such as nuclear, or graph, by grad or in the loss"
-        )
-    return found
+    return {p.key: kept for p in placed if (kept := p.amortized(gap)) is not None}
 
 
 def total_value(p: Placed) -> float | None:

@@ -72,7 +72,7 @@ class Regularizer:
 
     Raises:
         UsageError: nothing is selected; a coupling that an energy does not have; a model that a network energy cannot
-            order; sharded parameters; a gap where no energy has bounds; an option that plays no part.
+            order; sharded parameters; a gap together with ``every``; an option that plays no part.
 
     Example:
         >>> import torch
@@ -114,7 +114,7 @@ class Regularizer:
         for p in self.placed:
             if isinstance(p.energy, TrajectoryEnergy) and p.key not in self._trajectories:
                 self._trajectories[p.key] = p.energy.init(self._matrices())
-        refuse_idle(self.placed, coupling=coupling, every=every, select=select, schedule=schedule)
+        refuse_idle(self.placed, coupling=coupling, every=every, gap=gap, select=select, schedule=schedule)
         self._memories = Memories({p.key: p.memories(partial(self._probe, p)) for p in self.placed})
         self._amortized = {} if gap is None else keep_gradients(self.placed, gap, every)
         self._optimizer: Optimizer | None = None
@@ -212,7 +212,7 @@ class Regularizer:
         """
         if not math.isfinite(step) or step < 0:
             raise UsageError(f"the step of a prox must be finite and not negative, got {step!r}")
-        movable = [p for p in self.placed if isinstance(p.energy, Proximable) and p.coupling != "monitor"]
+        movable = [p for p in self.placed if p.takes("final_prox")]
         if not movable:
             warnings.warn(f"no term of {self.energy!r} that acts has a prox: the weights are unchanged", stacklevel=2)
         for p in movable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from groundstate.cli.console import Meter, Output, error_line, percent
-from groundstate.cli.options import SETTINGS, Out, refuse_idle, verb
+from groundstate.cli.options import SETTINGS, Out, refuse_idle, verb, without
 
 if TYPE_CHECKING:
     from groundstate.training.config import TrainConfig
@@ -72,6 +72,8 @@ def compare(
     cells = plan.cells()
     began = time.monotonic()
     output.note(f"{len(plan.energies)} energies x {len(plan.seeds)} seeds x {plan.config.epochs} epochs: {folder}")
+    for line in without(plan.config, plan.labels):
+        output.note(line)
     with output.progress(len(cells) * plan.config.epochs, "epoch") as meter:
         follow = _Follow(meter, len(cells), plan.config.epochs)
         outcomes = run_cells(cells, folder, jobs=jobs, threads=plan.config.threads, report=follow)
@@ -83,7 +85,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison runs: every energy with every seed, all else as in ``config``.
+    """What a comparison runs: every energy with every seed, and what it takes of ``config``.
 
     ``labels`` are the energies as they were typed; ``energies`` name what they mean.
     """
@@ -112,12 +114,11 @@ class Plan:
         """Returns the runs, seed by seed, so that a comparison that is cut short has all energies."""
         from groundstate.training.sweep import Cell
 
-        base = self.config.to_dict()
-        names = _names(self.energies)
+        bases = [self.config.for_energy(spec).to_dict() for spec in self.energies]
         return [
-            Cell(f"{name}-seed{seed}", base | {"energy": spec, "seed": seed})
+            Cell(f"{name}-seed{seed}", base | {"seed": seed})
             for seed in self.seeds
-            for spec, name in zip(self.energies, names)
+            for base, name in zip(bases, _names(self.energies))
         ]
 
 
@@ -132,7 +133,7 @@ def _names(energies: Sequence[str]) -> list[str]:
     ]
 
 
-def _plan(energies: Sequence[str], seeds: int, config: TrainConfig) -> Plan:
+def _plan(energies: Sequence[str], seeds: int, config: TrainConfig, given: Collection[str]) -> Plan:
     from groundstate.energies.registry import parse
     from groundstate.errors import UsageError
 
@@ -141,6 +142,7 @@ def _plan(energies: Sequence[str], seeds: int, config: TrainConfig) -> Plan:
     labels: dict[str, str] = {_BASELINE: _BASELINE}
     for typed in energies:
         labels.setdefault(repr(parse(typed)), typed.strip())
+    refuse_idle(given, config, labels.values())
     return Plan(tuple(labels), tuple(labels.values()), tuple(range(config.seed, config.seed + seeds)), config)
 
 
@@ -160,9 +162,10 @@ def _check(plan: Plan) -> None:
     sets = data.load(c.data, c.data_dir, **sizes, seed=c.seed)
     model = models.build(c.model, sets.inputs, sets.classes, c.seed)
     for spec in plan.energies:
-        energy, coupling = parse(spec), cast(Any, c.coupling)
+        energy, own = parse(spec), c.for_energy(spec)
         if energy.terms:
-            Regularizer(model, energy, coupling=coupling, every=c.every, gap=c.gap, select=c.select)
+            how: dict[str, Any] = {"every": own.every, "gap": own.gap, "select": own.select}
+            Regularizer(model, energy, coupling=cast(Any, own.coupling), **how)
 
 
 def _started(out: Path | None, energy: list[str] | None, seeds: int | None, given: dict[str, Any]) -> tuple[Plan, Path]:
@@ -171,8 +174,7 @@ def _started(out: Path | None, energy: list[str] | None, seeds: int | None, give
     from groundstate.training.config import TrainConfig
     from groundstate.training.recorder import write_json
 
-    plan = _plan(energy or DEFAULT_ENERGIES, 5 if seeds is None else seeds, TrainConfig.from_dict(given))
-    refuse_idle(given, plan.config, plan.energies)
+    plan = _plan(energy or DEFAULT_ENERGIES, 5 if seeds is None else seeds, TrainConfig.from_dict(given), given)
     folder = out or new_folder("compare", plan.digest)
     if (folder / PLAN).exists():
         raise UsageError(f"{folder} holds a comparison already: continue it with --resume {folder}, or choose another")
@@ -201,8 +203,9 @@ def _resumed(
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / PLAN} is damaged ({error}): restore it, or start a new comparison") from None
     now = TrainConfig.from_dict(before.to_dict() | given)
-    asked = _plan(energy or plan.energies, len(plan.seeds) if seeds is None else seeds, now)
-    changed = before.differences(now)
+    asked = _plan(energy or plan.energies, len(plan.seeds) if seeds is None else seeds, now, given)
+    pairs = [(before.for_energy(e), now.for_energy(e)) for e in plan.energies]
+    changed = list(dict.fromkeys(line for old, new in pairs for line in old.differences(new)))
     if set(asked.energies) != set(plan.energies):
         changed.append(f"energies: {', '.join(plan.energies)} -> {', '.join(asked.energies)}")
     if len(asked.seeds) != len(plan.seeds):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -44,7 +44,11 @@ class Setting:
     @property
     def flag(self) -> str:
         """The option as it is typed."""
-        return "--" + self.field.replace("_", "-")
+        return _flag(self.field)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 _ENERGY, _DATA, _TRAIN, _RUN = "Energy", "Data and model", "Training", "Run"
@@ -96,30 +100,39 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder to write.", meta
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the files of MNIST.", metavar="DIR")]
 
 
-def refuse_idle(given: Iterable[str], config: TrainConfig, energies: Iterable[str]) -> None:
-    """Refuses options of a training that were given and that nothing takes.
+def refuse_idle(given: Collection[str], config: TrainConfig, energies: Iterable[str]) -> None:
+    """Refuses options of a training that were given and that nothing takes; the defaults of energies pass.
 
     Raises:
         UsageError: names the option, and why it plays no part.
     """
-    from groundstate.energies.capabilities import Proximable
+    from groundstate import idle
     from groundstate.energies.registry import parse
     from groundstate.errors import UsageError
 
-    terms = [t for spec in energies for t in parse(spec).terms]
-    movable = [t for t in terms if isinstance(t.energy, Proximable) and (t.coupling or config.coupling) != "monitor"]
+    acting = [e for e in energies if parse(e).terms]
+    options = {o: _flag(o) for o in sorted(config.asked()) if o in given}
     reasons: dict[str, str] = {}
-    if not terms:
-        reasons |= dict.fromkeys(("coupling", "every", "gap", "select", "final_prox"), "without --energy")
-    if terms and not movable:
-        reasons["final_prox"] = "where no term that acts has a prox"
+    if not acting:
+        reasons |= dict.fromkeys(options, "without --energy")
     if config.optimizer != "sgd":
         reasons["momentum"] = f"with the optimizer {config.optimizer}"
     if config.data == "digits":
         reasons["data_dir"] = "with digits, which are embedded"
-    for setting in SETTINGS:
-        if setting.field in reasons and setting.field in given:
-            raise UsageError(f"{setting.flag} plays no part {reasons[setting.field]}: leave it out")
+    for field, why in reasons.items():
+        if field in given:
+            raise UsageError(f"{_flag(field)} plays no part {why}: leave it out")
+    idle.refuse_idle(options, {o for e in acting for o in config.taken(e)}, ", ".join(acting))
+
+
+def without(config: TrainConfig, energies: Iterable[str]) -> list[str]:
+    """Returns a line for each option that some energies do not take: which, and why."""
+    from groundstate.energies.registry import parse
+    from groundstate.idle import WHY
+
+    acting = [e for e in energies if parse(e).terms]
+    left = {o: ", ".join(e for e in acting if o not in config.taken(e)) for o in sorted(config.asked())}
+    return [f"without {_flag(o)}: {found} ({WHY[o]})" for o, found in left.items() if found]
 
 
 def verb(settings: Iterable[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

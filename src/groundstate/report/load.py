@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Run:
         manifest: the whole ``run.json``.
         epochs: the epoch lines of ``metrics.jsonl`` in ascending order, one per epoch.
         summary: ``summary.json``, empty for a run that is not done.
+        idle: settings that its energy does not take, so that they may differ from those of other runs.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Run:
     manifest: Mapping[str, Any]
     epochs: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any]
+    idle: frozenset[str] = frozenset()
 
     @property
     def seed(self) -> int:
@@ -97,7 +99,7 @@ class Study:
     Attributes:
         groups: the reference first, then in the order given.
         problems: what is amiss, by name.
-        settings: the settings that all runs share.
+        settings: the settings that all runs share which take them.
         title: one line on data, model and epochs.
         expected_seeds: seeds per group that were asked for, where a ``compare.json`` says so.
     """
@@ -252,17 +254,20 @@ def _epochs(path: Path, name: str, problems: list[Problem]) -> tuple[Mapping[str
 
 
 def _study(runs: list[Run], labels: Mapping[str, str], cells: list[tuple[str, int]], problems: list[Problem]) -> Study:
-    have = {(str(r.config.get("energy", "none")), r.seed) for r in runs}
+    have = {(_energy(r), r.seed) for r in runs}
     for spec, seed in dict.fromkeys(cells):
         if (spec, seed) not in have:
             problems.append(Problem(f"{plain(labels.get(spec, spec))}, seed {seed}", "not started: no run folder"))
     varying = _varying(runs)
+    if varying - {"energy"} - _NOT_A_SETTING:
+        runs = [replace(r, idle=_idle(r)) for r in runs]
+        varying = _varying(runs)
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         grouped.setdefault(_label(run, labels, varying), []).append(run)
-    order = {plain(labels.get(s, s)): i for i, (s, _) in enumerate(cells)} if cells else {}
+    order = {spec: i for i, (spec, _) in enumerate(cells)}
     groups: list[Group] = []
-    for label, members in sorted(grouped.items(), key=lambda item: order.get(item[0], len(order) + len(cells))):
+    for label, members in sorted(grouped.items(), key=lambda item: order.get(_energy(item[1][0]), len(cells))):
         done: dict[int, Run] = {}
         for run in members:
             if run.status != "done":
@@ -272,10 +277,10 @@ def _study(runs: list[Run], labels: Mapping[str, str], cells: list[tuple[str, in
             else:
                 done[run.seed] = run
         if done:
-            energy = str(members[0].config.get("energy", "none"))
-            groups.append(Group(label, energy, tuple(done[s] for s in sorted(done))))
+            groups.append(Group(label, _energy(members[0]), tuple(done[s] for s in sorted(done))))
     groups = _with_reference(groups)
-    shared = {k: v for k, v in runs[0].config.items() if k not in varying} if runs else {}
+    takers = {k: [r for r in runs if k not in r.idle] for k in (runs[0].config if runs else ()) if k not in varying}
+    shared = {k: found[0].config.get(k) for k, found in takers.items() if found}
     for key in sorted(varying - {"energy"} - _NOT_A_SETTING):
         problems.append(Problem("settings", f"the runs differ in {key!r}, not only in their energy and seed"))
     problems += _mixed(runs)
@@ -293,12 +298,30 @@ def _with_reference(groups: list[Group]) -> list[Group]:
 
 def _varying(runs: list[Run]) -> set[str]:
     keys = {k for r in runs for k in r.config}
-    return {k for k in keys if len({json.dumps(r.config.get(k), sort_keys=True, default=str) for r in runs}) > 1}
+    found = {
+        k: {json.dumps(r.config.get(k), sort_keys=True, default=str) for r in runs if k not in r.idle} for k in keys
+    }
+    return {k for k, values in found.items() if len(values) > 1}
+
+
+def _idle(run: Run) -> frozenset[str]:
+    """Returns the settings that the energy of a run does not take; none where that energy is not known here."""
+    from groundstate.energies.registry import parse
+    from groundstate.idle import OF_ENERGY, taken
+
+    try:
+        return OF_ENERGY - taken(parse(_energy(run)), run.config.get("coupling", "grad"))
+    except UsageError:
+        return frozenset()
+
+
+def _energy(run: Run) -> str:
+    return str(run.config.get("energy", "none"))
 
 
 def _label(run: Run, labels: Mapping[str, str], varying: set[str]) -> str:
-    energy = str(run.config.get("energy", "none"))
-    others = sorted(varying - {"energy"} - _NOT_A_SETTING)
+    energy = _energy(run)
+    others = sorted(varying - {"energy"} - _NOT_A_SETTING - run.idle)
     extra = ", ".join(f"{k}={run.config.get(k)}" for k in others)
     return plain(labels.get(energy, energy) + (f" ({extra})" if extra else ""))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self, cast
 
-from groundstate.energies.base import COUPLINGS, is_number, is_whole
+from groundstate.energies.base import COUPLINGS, Coupling, is_number, is_whole
 from groundstate.energies.registry import parse
 from groundstate.errors import UsageError, nearest
+from groundstate.idle import OF_ENERGY, taken
 
 MONITOR = "nuclear + squared_frobenius + graph + path_energy"
 
@@ -148,9 +149,27 @@ class TrainConfig:
                 raise UsageError(f"unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
         return cls(**values)
 
+    def taken(self, energy: str) -> frozenset[str]:
+        """Returns the options of energies that an energy takes, see `groundstate.idle`."""
+        return OF_ENERGY & taken(parse(energy), cast(Coupling, self.coupling))
+
+    def asked(self) -> frozenset[str]:
+        """Returns the options of energies that are not at their defaults."""
+        return frozenset(o for o in OF_ENERGY if getattr(self, o) != getattr(type(self), o))
+
+    def for_energy(self, energy: str) -> Self:
+        """Returns the configuration with another energy: what this one does not take goes back to its default.
+
+        >>> config = TrainConfig(every=4, final_prox=2.0)
+        >>> [(c.every, c.final_prox) for c in map(config.for_energy, ("nuclear", "graph", "none"))]
+        [(4, 2.0), (4, None), (1, None)]
+        """
+        idle = self.asked() - self.taken(energy)
+        return replace(self, energy=energy, **{o: getattr(type(self), o) for o in idle})
+
     def differences(self, other: TrainConfig) -> list[str]:
         """Returns ``"name: mine -> other's"`` for every option that decides the result and differs."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = (c.for_energy(c.energy).to_dict() for c in (self, other))
         return [f"{k}: {mine[k]!r} -> {theirs[k]!r}" for k in mine if mine[k] != theirs[k] and k not in _FREE]
 
     @property
