@@ -377,3 +377,23 @@ def test_a_state_of_another_version_is_refused() -> None:
     del state["kept/nuclear/rate"]
     with pytest.raises(UsageError, match="another version"):
         training(network(), energy="nuclear", gap=0.05)[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize("energy", ["1e-3*nuclear", "1e-3*graph"])
+@pytest.mark.parametrize("gap", [0.002, 0.02, 0.1])
+def test_nothing_is_due_in_the_steps_that_are_passed_over(
+    energy: str, gap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps between are counted ahead: the same renewals and looks as if each step asked what is due."""
+    found = []
+    for passed_over in (True, False):
+        if not passed_over:
+            monkeypatch.setattr("groundstate.amortized.Amortized._until", lambda self, step, room: step)
+        step, reg, optimizer = training(network(), energy=energy, gap=gap)
+        history = []
+        for k in range(150):
+            optimizer.param_groups[0]["lr"] = 0.05 if k < 90 else 0.002
+            step()
+            history.append(reg.wear())
+        found.append(history)
+    assert found[0] == found[1]

@@ -95,14 +95,19 @@ class _Unit:
     def weights(self) -> list[Tensor]:
         return [b.matrix.detach() for b in self.blocks]
 
-    def predicted(self, step: int) -> float:
-        """The gap now: the way from the anchor is taken to grow like the age, until a look as it did last time."""
-        age = step - self.refreshed
-        if age == 0 or self.way == 0.0:
+    @property
+    def growth(self) -> float:
+        """The gap over the square of the age: the way from the anchor is taken to grow like the age."""
+        if self.way == 0.0:
             return 0.0
-        if self.way < 0:
-            return self.found * (age / self.age) ** 2 if self.age else math.inf
-        return self.kappa * self.way * (age / (self.looked - self.refreshed)) ** 2
+        if self.way < 0:  # until a look, as it did last time
+            return self.found / self.age**2 if self.age else math.inf
+        return self.kappa * self.way / (self.looked - self.refreshed) ** 2
+
+    def predicted(self, step: int) -> float:
+        """The gap now."""
+        age = step - self.refreshed
+        return self.growth * age**2 if age else 0.0
 
     def stale(self, step: int) -> bool:
         """Whether the prediction is too old to renew for it."""
@@ -154,6 +159,8 @@ class Amortized:
         self.gap = gap
         self._named = named
         self._rate = math.inf
+        self._quiet = -1.0  # nothing can be due before
+        self._kept: list[tuple[Block, Tensor]] = []
 
     def gradients(self, step: int) -> list[tuple[Block, Tensor]]:
         """Returns a gradient for each weight, renewing what is due at this step.
@@ -161,6 +168,8 @@ class Amortized:
         Raises:
             NonFiniteError: names the energy and the weight.
         """
+        if step < self._quiet:
+            return self._kept
         for unit in self.units:
             if unit.refreshed < 0:
                 self._renew(unit, step)
@@ -175,7 +184,9 @@ class Amortized:
                 worst.look(step)
             else:
                 self._renew(worst, step)
-        return [(b, g) for u in self.units for b, g in zip(u.blocks, u.gradients, strict=True)]
+        self._kept = [(b, g) for u in self.units for b, g in zip(u.blocks, u.gradients, strict=True)]
+        self._quiet = self._until(step, room)
+        return self._kept
 
     def act(self, step: int, valued: bool, rate: float) -> tuple[float, list[tuple[Block, Tensor]]]:
         """Returns `value`, or 0 where it is not asked for, and `gradients`; looks again where the rate rose.
@@ -189,7 +200,7 @@ class Amortized:
             for unit in self.units:
                 if unit.refreshed >= 0:
                     unit.look(step)
-            self._rate = rate
+            self._rate, self._quiet = rate, -1.0
         self._rate = min(self._rate, rate)
         grads = self.gradients(step)
         return self.value() if valued else 0.0, grads
@@ -203,6 +214,19 @@ class Amortized:
         return [
             Wear(u.name, int(u.refreshes), int(u.looks), u.lower, u.upper, u.widest, int(u.age)) for u in self.units
         ]
+
+    def _until(self, step: int, room: float) -> float:
+        """The time before which nothing can be due: the next look, or where sum_i growth_i (age_i + d)^2 = room."""
+        last = min(max(u.looked, u.refreshed) for u in self.units) + float(_LONGEST)
+        a = b = c = 0.0
+        for u in self.units:
+            age, growth = step - u.refreshed, u.growth
+            if growth > 0:
+                a, b, c = a + growth, b + growth * age, c + growth * age**2
+                last = min(last, u.refreshed + math.sqrt(u.alone(self.gap) / growth))
+        if a == math.inf or c > room:
+            return step
+        return min(last, step + (math.sqrt(b * b + a * (room - c)) - b) / a) if a > 0 else last
 
     def _renew_alone(self, step: int) -> None:
         """Renews weights whose own gap is too wide, or out of reach of what is known; of the latter a few at a step."""
@@ -265,7 +289,7 @@ class Amortized:
                 fits = figures is not None and len(figures) == len(_FIGURES) and len(saved) in (0, len(u.blocks))
                 if not fits or any(v.shape != b.matrix.shape for v, b in zip(saved, u.blocks, strict=False)):
                     raise UsageError(f"the saved gradients of {u.energy!r} are of other weights than {u.name}")
-        self._rate = float(state["rate"])
+        self._rate, self._quiet = float(state["rate"]), -1.0
         for i, u in enumerate(self.units):
             for name, value in zip(_FIGURES, state[f"{i}/figures"].tolist(), strict=True):
                 setattr(u, name, value)
