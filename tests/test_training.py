@@ -204,6 +204,17 @@ def test_a_final_prox_makes_ranks_exact(tmp_path: Path) -> None:
     assert all(again[k] == summary[k] for k in same)
 
 
+def test_the_summary_counts_decompositions(tmp_path: Path) -> None:
+    summary = train(small(energy="1e-2*nuclear + 1e-3*squared_frobenius", gap=0.05), tmp_path / "run")
+    (kept,) = summary["kept"].values()
+    assert list(summary["kept"]) == ["nuclear"]
+    assert kept["exact"] == 2 * summary["steps"]
+    assert kept["decompositions"] == sum(w["refreshes"] for w in kept["weights"].values()) < kept["exact"]
+    assert list(kept["weights"]) == ["0.weight", "2.weight"]
+    assert all(0 < w["lower"] <= w["upper"] for w in kept["weights"].values())
+    assert train(small(), tmp_path / "plain")["kept"] == {}
+
+
 def test_without_validation_its_figures_are_null(tmp_path: Path) -> None:
     summary = train(small(val_size=0), tmp_path / "run")
     assert summary["val_accuracy"] is None

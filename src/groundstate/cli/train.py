@@ -91,5 +91,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
     path = summary.get("path", {})
     rows += [(k.replace("_", " "), figure(path[k])) for k in ("path_energy", "length", "straightness") if k in path]
     rows += [(f"rank of {name}", figure(rank)) for name, rank in summary.get("ranks", {}).items()]
+    rows += [
+        (f"decompositions for {key}", f"{kept['decompositions']} of {kept['exact']}")
+        for key, kept in summary.get("kept", {}).items()
+    ]
     rows.append(("step", f"{figure(summary.get('step_ms', {}).get('median'))} ms"))
     return table(("", "value"), rows, title="Result")

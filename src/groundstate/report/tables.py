@@ -147,13 +147,16 @@ def _runs(study: Study) -> Rows:
     names, path_keys, layers = study.keys("energies"), study.keys("path"), study.keys("ranks")
     header = ["energy", "seed", "run", *plain_keys, "step_ms", "seconds"]
     header += [f"final_{n}" for n in names] + [f"path_{k}" for k in path_keys] + [f"rank_{x}" for x in layers]
+    kept = study.keys("kept")
+    header += [f"decompositions_{k}" for k in kept]
     lines: Rows = [header]
     for group in study.groups:
         for run in group.runs:
             line: list[object] = [group.label, run.seed, run.name]
             line += [run.value(k) for k in plain_keys] + [run.value("step_ms", "median"), run.value("seconds")]
             line += [run.value("energies", n) for n in names] + [run.value("path", k) for k in path_keys]
-            lines.append(line + [run.value("ranks", x) for x in layers])
+            line += [run.value("ranks", x) for x in layers]
+            lines.append(line + [run.value("kept", k, "decompositions") for k in kept])
     return lines
 
 

@@ -160,3 +160,13 @@ def summary(
             "baseline_note": "a step with its energies and what is monitored; compare with a run of energy none",
         },
     }
+
+
+def kept(regularizer: Regularizer | None, steps: int) -> dict[str, Any]:
+    """Returns what the kept gradients of each term took: decompositions, those of exact ones, and more by weight."""
+    found: dict[str, Any] = {}
+    for key, lines in ({} if regularizer is None else regularizer.wear()).items():
+        made = sum(line.refreshes for line in lines)
+        by_weight = {line.name: {k: v for k, v in line._asdict().items() if k != "name"} for line in lines}
+        found[key] = {"decompositions": made, "exact": steps * len(lines), "weights": by_weight}
+    return found

@@ -235,6 +235,7 @@ class Run:
             "epochs": self.config.epochs,
             "steps": self.at.step,
             **evaluation.summary(self.model, self.data.test_x, self.data.test_y, records, self.durations),
+            "kept": evaluation.kept(self.regularizer, self.at.step),
             "seconds": self.at.seconds,
         }
         self.recorder.finish(summary)
