@@ -3,8 +3,8 @@
     python benchmarks/graph_energy.py [--rounds 200] [--steps 400]
 
 Networks 784-128-128-10 and 784-28-10 in float32 on one thread, at initialization, after plain training (SGD 0.1,
-momentum 0.9, batch 128) and after training with 1e-3*graph; on MNIST where it lies in GROUNDSTATE_DATA or
-../shared/data/mnist, on random images otherwise. "dense" is one autograd call through ``eigvalsh`` of the adjacency,
+momentum 0.9, batch 128) and after training with 1e-3*graph; on MNIST (as for `groundstate train`),
+on random images otherwise. "dense" is one autograd call through ``eigvalsh`` of the adjacency,
 "step" one training step. Targets at 784-128-128-10: at least 40 times faster than dense, at most one step.
 
 Deep networks, at initialization, by partial fractions: 64-[128]x12-10 at least 8 times faster than dense, and deeper
@@ -19,11 +19,8 @@ lower half and multiplying by its inverse root, n_l^2 d (1 + 2) flops for each l
 from __future__ import annotations
 
 import argparse
-import gzip
-import os
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,24 +28,22 @@ from runner import compare, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from groundstate.errors import GroundstateError
 from groundstate.norms import dag, graph
 from groundstate.norms.staircase import staircase
-
-MNIST = Path(os.environ.get("GROUNDSTATE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist")
+from groundstate.training import data
 
 
 def images(count: int = 12800) -> tuple[Tensor, Tensor, str]:
     """Returns flat images, labels and where they come from."""
     try:
-        x = gzip.decompress((MNIST / "train-images-idx3-ubyte.gz").read_bytes())[16:]
-        y = gzip.decompress((MNIST / "train-labels-idx1-ubyte.gz").read_bytes())[8:]
-    except OSError:
+        found = data.load("mnist")
+    except GroundstateError:
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(0, 10, (count,), generator=generator)
         centers = torch.randn(10, 784, generator=generator)
         return centers[labels] + torch.randn(count, 784, generator=generator), labels, "random"
-    pixels = torch.frombuffer(bytearray(x), dtype=torch.uint8).view(-1, 784)[:count].float()
-    return (pixels / 255 - 0.1307) / 0.3081, torch.frombuffer(bytearray(y), dtype=torch.uint8)[:count].long(), "mnist"
+    return found.train_x[:count], found.train_y[:count], "mnist"
 
 
 def network(sizes: tuple[int, ...]) -> nn.Sequential:
