@@ -20,7 +20,7 @@ FLOORS: dict[str, float] = {
     "norms": 0,
     "energies": 1, "jacobian": 1, "blocks": 1, "layers": 1, "layers_conv": 1, "idle": 1, "testing": 1,
     "regularizer": 2, "couplings": 2, "amortized": 2, "flat_state": 2, "schedules": 2, "measure": 2, "compress": 2,
-    "compressed_folder": 2,
+    "compressed_folder": 2, "compress_energy": 2,
     "compress_factors": 2, "compress_output": 2, "attack": 2, "scores": 2, "outliers": 2, "measure_function": 2,
     "measure_data": 2, "measure_table": 2, "tensors": 2, "safetensors_file": 2, "optim": 2, "memories": 2,
     "training": 3, "compress_tune": 3, "estimators": 3, "inversion": 3, "adapters": 3,

@@ -681,6 +681,48 @@ def test_randomized_svd_that_is_too_far_from_the_best_gives_way(monkeypatch: pyt
     assert row.randomized.best_frobenius == pytest.approx(float(exact[15:].norm() / exact.norm()), rel=1e-4)  # float32
 
 
+def test_share_of_the_norm_of_a_large_matrix_is_kept_for_certain_by_an_adaptive_svd() -> None:
+    n, energy = 512, 0.99
+    g = generator(55)
+    u, v = (torch.linalg.qr(torch.randn(k, n, generator=g, dtype=torch.float64)).Q for k in (600, n))
+    s = 1 / torch.arange(1, n + 1, dtype=torch.float64)
+    layer = nn.Linear(n, 600, bias=False)
+    layer.weight.data = (u * s @ v.mT).float()
+    state = torch.random.get_rng_state()
+    smaller = compress(layer, energy=energy)
+    assert torch.equal(state, torch.random.get_rng_state())
+    (row,) = smaller.rows
+    mass = s.square().cumsum(0)
+    least = int((mass < energy * mass[-1]).sum()) + 1
+    assert row.method == "adaptive svd"
+    assert row.rank is not None
+    assert least <= row.rank <= least + 2
+    weight = layer.weight.detach().double()
+    error = weight - smaller.model.get_submodule("").weight.detach().double()  # pyright: ignore[reportCallIssue]
+    assert float(error.norm() / weight.norm()) == pytest.approx(row.relative_error, rel=1e-4)  # float32
+    assert row.relative_error <= math.sqrt(1 - energy) * (1 + 1e-5)  # float32
+    assert row.randomized is not None
+    assert float(torch.linalg.matrix_norm(error, 2)) <= row.randomized.spectral <= 2 * float(s[row.rank])
+    assert row.randomized.failure <= 1e-10
+    json.dumps(smaller.to_dict(), allow_nan=False)
+
+
+def test_flat_spectra_and_thresholds_take_the_full_svd() -> None:
+    layer = nn.Linear(512, 512, bias=False)
+    layer.weight.data = torch.randn(512, 512, generator=generator(56))
+    layer.weight.data[:, :200] *= 4
+    s = torch.linalg.svdvals(layer.weight.detach().double())
+    for energy in (0.5, 1.0):
+        row = compress(layer, energy=energy).rows[0]
+        mass = s.square().cumsum(0)
+        assert row.rank == int((mass < energy * mass[-1] * (1 - 1e-12)).sum()) + 1
+        assert (row.method, row.randomized) == ("svd" if row.factored else "", None)
+    layer.weight.data = low_rank(57, 512, 512, 9)
+    assert compress(layer, tolerance=0.1).rows[0].method == "svd"
+    layer.weight.data.zero_()
+    assert compress(layer, energy=0.9).rows[0].rank == 1
+
+
 # Fine-tune
 
 

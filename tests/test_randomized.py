@@ -133,6 +133,33 @@ def test_adaptive_rank_at_the_ends() -> None:
     assert len(adaptive_svd(low.float(), 0.0, generator=generator(7))[1]) == 2
 
 
+def test_adaptive_rank_is_the_smallest_or_one_more_after_the_last_pass() -> None:
+    for exponent, tolerance in ((0.7, 0.5), (1.0, 0.2), (1.5, 0.02)):
+        s = powers(200, exponent)
+        w = with_spectrum(s, 300, 200)
+        tail = s.square().flip(0).cumsum(0).flip(0).sqrt()
+        least = int((tail > tolerance * float(s.norm())).sum())
+        assert 8 <= least <= 60
+        for seed in range(5):
+            found = adaptive_svd(w, tolerance, block=10, generator=generator(seed))[1]
+            assert least <= len(found) <= least + 1 + least // 20  # without the last pass it is a tenth more
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_adaptive_svd_gives_up_where_the_rank_allowed_will_not_do(norm: Any) -> None:
+    w = with_spectrum(powers(100, 0.3), 120, 100)
+    u, s, vh = adaptive_svd(w, 0.1, norm=norm, block=5, most=30, generator=generator(3))
+    # what one block takes of this spectrum foretells that six will not do; in the spectral norm nothing is foretold
+    assert len(s) == (10 if norm == "frobenius" else 30)
+    error = low_rank_error(w, u, s, vh, generator=generator(4))
+    assert (error.spectral if norm == "spectral" else error.frobenius) > 0.1 * norms(w)[norm == "frobenius"]
+    low = with_spectrum(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), 50, 40)
+    for most in (3, 4, 40, 100):
+        assert len(adaptive_svd(low, 0.01, norm=norm, most=most, generator=generator(5))[1]) == 3
+    assert len(adaptive_svd(low, 0.01, norm=norm, most=2, generator=generator(5))[1]) == 2
+    assert len(adaptive_svd(low, 0.01, norm=norm, most=0, generator=generator(5))[1]) == 0
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
 def test_any_scale_in_single_precision(scale: float) -> None:
     w = (with_spectrum(powers(40, 1.0), 60, 40) * scale).float()
@@ -207,6 +234,8 @@ def test_what_is_refused() -> None:
         adaptive_svd(torch.ones(5, 3), 0.1, norm="nuclear", generator=g)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match="block"):
         adaptive_svd(torch.ones(5, 3), 0.1, block=0, generator=g)
+    with pytest.raises(UsageError, match="most"):
+        adaptive_svd(torch.ones(5, 3), 0.1, most=-1, generator=g)
     with pytest.raises(UsageError, match="one matrix"):
         adaptive_svd(torch.ones(2, 5, 3), 0.1, generator=g)
     with pytest.raises(UsageError, match="probes"):

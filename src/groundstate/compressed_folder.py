@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from groundstate.blocks import canonical
-from groundstate.compress_factors import DENSE, Factorized, build_factors, replace_layers
+from groundstate.compress_factors import DENSE, Factorized, build_factors, dense_layer, replace_layers
 from groundstate.errors import DataError, ResourceError, UsageError
 from groundstate.safetensors_file import StoredTensor, header, unique_keys
 
@@ -191,7 +191,7 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
     if type(module) is nn.Sequential:
         parts = {name: _describe(part) for name, part in module.named_children()}
         return None if None in parts.values() else {"type": "Sequential", "parts": parts}
-    dense = _dense_form(module) if isinstance(module, Factorized) else module
+    dense = dense_layer(module) if isinstance(module, Factorized) else module
     kind = type(dense).__name__
     if _PLAIN.get(kind, (None,))[0] is not type(dense):
         return None
@@ -210,17 +210,6 @@ def _describe(module: nn.Module) -> dict[str, Any] | None:
         if _settings(built) == _settings(dense) and list(built.state_dict()) == [*dense.state_dict()]
         else None
     )
-
-
-def _dense_form(module: Factorized) -> nn.Module:
-    """Returns a layer on the meta device that could stand in the place of the factors."""
-    first: Any = module[0]
-    options: dict[str, Any] = {"bias": module.bias is not None, "device": "meta", "dtype": first.weight.dtype}
-    out = module.factors[1].shape[0]
-    if isinstance(first, nn.Linear):
-        return nn.Linear(first.in_features, out, **options)
-    geometry = {k: getattr(first, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    return type(first)(first.in_channels, out, **geometry, **options)
 
 
 def _plain(value: Any) -> bool:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from groundstate.cli.console import Output, figure, percent, table
+from groundstate.cli.console import Output, percent
 from groundstate.cli.options import DataDir, verb
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from groundstate.compress import Compressed, LayerRow
+    from groundstate.compress import Compressed
+    from groundstate.energies.base import Sum
     from groundstate.training.config import TrainConfig
     from groundstate.training.data import Dataset
 
 _RULES = ("tolerance", "cut", "energy", "rank", "output_tolerance")
 _RULE, _TUNE = "Rule (exactly one)", "Fine-tune"
+_KEEP = "keep"
 
 
 @verb()
@@ -85,6 +88,16 @@ def compress(
             "--fine-tune-lr", help="Its learning rate (Adam). Default: 0.001.", metavar="RATE", rich_help_panel=_TUNE
         ),
     ] = None,
+    fine_tune_energy: Annotated[
+        str | None,
+        typer.Option(
+            "--fine-tune-energy",
+            help="What is minimized with the loss, seen as before at the products of the factors: keep (the energy of "
+            "the run), none, or another one. Default: keep.",
+            metavar="keep|none|SPEC",
+            rich_help_panel=_TUNE,
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Data set: digits or mnist. Default: that of the run.", metavar="NAME"),
@@ -100,40 +113,64 @@ def compress(
     Writes the factorized network to a new folder and prints size, speed and accuracy before and after. Ends with exit
     code 1 where nothing gets smaller.
     """
+    from groundstate.cli import compress_tables as tables
     from groundstate.cli.runs import load_run, read_config
-    from groundstate.errors import ThresholdError, UsageError
 
     rule, value = _one_rule(dict(zip(_RULES, (tolerance, cut, energy, rank, output_tolerance))))
-    if weights_only and output_tolerance is None:
-        raise UsageError("--weights-only goes with --output-tolerance; the other rules cut weights anyway")
-    if fine_tune_lr is not None and fine_tune is None:
-        raise UsageError("--fine-tune-lr goes with --fine-tune EPOCHS")
-    ending = "-weights-only" * weights_only + (f"-tuned-{fine_tune}" if fine_tune is not None else "")
-    folder = out or run / f"compressed-{rule.replace('_', '-')}-{value:g}{ending}"
-    if folder.exists():
-        raise UsageError(f"{folder} exists: give the name of a new folder with --out")
+    tune = _Tune.of(fine_tune, fine_tune_lr, fine_tune_energy)
+    folder = _folder(out, run, rule, value, weights_only, tune)
     model, sets, notes = load_run(run, data=data, data_dir=data_dir)
     for note in notes:
         output.note(f"warning: {note}")
     config = read_config(run)
     with _threads(config.threads):
         made = _made(model, sets, rule, value, not weights_only)
-        if not any(r.factored for r in made.rows):
-            reasons = "; ".join(f"{r.name}: {r.reason}" for r in made.rows if r.reason)
-            raise ThresholdError(f"nothing gets smaller, so nothing was written ({reasons})")
         facts = _facts(model, made, sets)
-        if fine_tune is not None:
-            made = _tuned(made, sets, config, fine_tune, fine_tune_lr)
-            facts["test_accuracy"] = facts["test_accuracy"] | {"before_fine_tune": facts["test_accuracy"]["after"]}
-            facts["test_accuracy"]["after"] = _accuracy(made.model, sets, "test")
+        if tune is not None:
+            made = _tuned(output, made, sets, config, tune)
+            as_cut = facts["test_accuracy"]["after"]
+            facts["test_accuracy"] |= {"before_fine_tune": as_cut, "after": _accuracy(made.model, sets, "test")}
     made.save(folder)
-    output.document(
-        "compress",
-        {"run": run, "out": folder, "rule": {rule: value}, **made.to_dict(), **facts, "schema": 1},
-    )
-    output.show(
-        _layers(made.rows), *_randomized(made.rows), _totals(made, facts, sets), f"Factorized network: {folder}"
-    )
+    output.document("compress", {"run": run, "out": folder, "rule": {rule: value}, **made.to_dict(), **facts})
+    shown = tables.of_layers(made.rows), *tables.of_randomized(made.rows), tables.of_totals(made, facts, sets)
+    output.show(*shown, *tables.of_fine_tune(made), f"Factorized network: {folder}")
+
+
+@dataclass(frozen=True)
+class _Tune:
+    """What was asked of the fine-tune; ``energy`` is ``None`` for that of the run."""
+
+    epochs: int
+    lr: float
+    energy: Sum | None
+
+    @classmethod
+    def of(cls, epochs: int | None, lr: float | None, energy: str | None) -> _Tune | None:
+        from groundstate.compress_tune import LR
+        from groundstate.energies.registry import parse
+        from groundstate.errors import UsageError
+
+        for name, value in (("lr", lr), ("energy", energy)):
+            if value is not None and epochs is None:
+                raise UsageError(f"--fine-tune-{name} goes with --fine-tune EPOCHS")
+        chosen = None if energy in (None, _KEEP) else parse(energy)
+        return None if epochs is None else cls(epochs, LR if lr is None else lr, chosen)
+
+
+def _folder(out: Path | None, run: Path, rule: str, value: float, weights_only: bool, tune: _Tune | None) -> Path:
+    """Returns the folder to write, which is not there yet."""
+    from groundstate.cli.runs import slug
+    from groundstate.errors import UsageError
+
+    if weights_only and rule != "output_tolerance":
+        raise UsageError("--weights-only goes with --output-tolerance; the other rules cut weights anyway")
+    ending = "-weights-only" * weights_only
+    if tune is not None:
+        ending += f"-tuned-{tune.epochs}" + (f"-{slug(repr(tune.energy))}" if tune.energy is not None else "")
+    folder = out or run / f"compressed-{rule.replace('_', '-')}-{value:g}{ending}"
+    if folder.exists():
+        raise UsageError(f"{folder} exists: give the name of a new folder with --out")
+    return folder
 
 
 def _one_rule(values: dict[str, Any]) -> tuple[str, float]:
@@ -169,6 +206,7 @@ def _accuracy(model: nn.Module, sets: Dataset, split: str) -> float | None:
 def _made(model: nn.Module, sets: Dataset, rule: str, value: Any, data_aware: bool) -> Compressed:
     """Compresses by one rule of the command line."""
     from groundstate.compress import compress as factor
+    from groundstate.errors import ThresholdError
 
     def validation(m: nn.Module) -> float:
         return _accuracy(m, sets, "val") or 0.0
@@ -178,7 +216,11 @@ def _made(model: nn.Module, sets: Dataset, rule: str, value: Any, data_aware: bo
     options: dict[str, Any] = {"tolerance" if rule == "cut" else rule: value}
     if rule == "output_tolerance":
         options |= {"data": sets.val_x, "data_aware": data_aware}
-    return factor(model, **options, evaluate=validation, example=sets.val_x[:256])
+    made = factor(model, **options, evaluate=validation, example=sets.val_x[:256])
+    if not any(r.factored for r in made.rows):
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in made.rows if r.reason)
+        raise ThresholdError(f"nothing gets smaller, so nothing was written ({reasons})")
+    return made
 
 
 def _within(model: nn.Module, points: float, accuracy: Callable[[nn.Module], float]) -> float:
@@ -207,82 +249,18 @@ def _facts(model: nn.Module, made: Compressed, sets: Dataset) -> dict[str, Any]:
     return facts
 
 
-def _tuned(made: Compressed, sets: Dataset, config: TrainConfig, epochs: int, lr: float | None) -> Compressed:
-    from groundstate.compress_tune import LR, tuned
+def _tuned(output: Output, made: Compressed, sets: Dataset, config: TrainConfig, tune: _Tune) -> Compressed:
+    """Trains the factors, with the energy of the run as far as it can act on them; names what of it cannot."""
+    from groundstate.compress_energy import EnergyOnFactors
+    from groundstate.compress_tune import tuned
 
-    rate = LR if lr is None else lr
+    energy, left_out = tune.energy, []
+    if energy is None:
+        kept = EnergyOnFactors(made.model, config.energy, coupling=config.coupling, select=config.select)
+        energy, left_out = kept.energy, kept.left_out
+        for reason in left_out:
+            output.note(f"warning: left out of the fine-tune: {reason}")
     train, held_out = (sets.train_x, sets.train_y), (sets.val_x, sets.val_y)
-    return tuned(made, train, held_out, epochs, rate, seed=config.seed, batch_size=config.batch_size)
-
-
-# ---------------------------------------------------------------------- tables
-
-
-def _layers(rows: list[LayerRow]) -> Any:
-    """Returns the table of layers; errors of outputs only where they were measured."""
-    measured = any(r.output_error is not None for r in rows)
-    cells = [
-        (
-            r.name,
-            "x".join(map(str, r.shape)),
-            figure(r.rank) if r.factored else "dense",
-            f"{r.parameters_before:,}",
-            f"{r.parameters_after:,}",
-            f"{100 * r.relative_error:.2f} %",
-            *((percent(r.output_error), percent(r.network_error)) if measured else ()),
-            r.reason,
-        )
-        for r in rows
-    ]
-    errors = ("of its output", "of the logits, alone") if measured else ()
-    columns = ("layer", "shape", "rank", "parameters", "factored", "error", *errors, "why dense")
-    return table(columns, cells, left=2)
-
-
-def _randomized(rows: list[LayerRow]) -> list[str]:
-    """Returns a line for each layer with factors of a randomized SVD: how good they are known to be."""
-    lines: list[str] = []
-    for row in rows:
-        found = row.randomized
-        if found is None:
-            continue
-        line = (
-            f"{row.name}: {row.method.replace('svd', 'SVD')}, spectral error at most {100 * found.spectral:.3g} % "
-            f"(fails with probability {found.failure:.0e})"
-        )
-        if found.from_best is not None:
-            line += f", at most {found.from_best:.3g} times the smallest possible"
-        if found.best_frobenius is not None:
-            line += (
-                f"; Frobenius error {100 * row.relative_error:.4g} %, "
-                f"the smallest possible is {100 * found.best_frobenius:.4g} %"
-            )
-        lines.append(line)
-    return lines
-
-
-def _totals(made: Compressed, facts: dict[str, Any], sets: Dataset) -> Any:
-    totals, test, tune = made.totals, facts["test_accuracy"], made.fine_tune
-    before, after = (totals[f"parameters_{k}"] for k in ("before", "after"))
-    rows = [
-        ("parameters", f"{before:,.0f}", f"{after:,.0f}", f"{100 * totals['ratio']:.1f} %"),
-        ("bytes", f"{totals['bytes_before']:,.0f}", f"{totals['bytes_after']:,.0f}", ""),
-        ("forward pass, 256 samples", *(f"{totals[f'latency_ms_{k}']:.3f} ms" for k in ("before", "after")), ""),
-    ]
-    accuracies = [
-        ("validation accuracy", totals["accuracy_before"], totals["accuracy_after"]),
-        ("test accuracy", test["before"], test["after"]),
-    ]
-    if tune is not None:
-        accuracies += [
-            ("validation, before the fine-tune", totals["accuracy_before"], tune["accuracy_before"]),
-            ("test, before the fine-tune", test["before"], test["before_fine_tune"]),
-        ]
-    for name, x, y in accuracies:
-        change = "" if x is None or y is None else f"{100 * (y - x):+.2f} points"
-        rows.append((name, percent(x), percent(y), change))
-    as_cut = "" if tune is None else ", as cut"
-    if "output_change" in totals:
-        rows.append((f"logits, validation{as_cut}", "", "", percent(totals["output_change"])))
-        rows.append((f"logits, test{as_cut}", "", "", percent(facts.get("test_output_change"))))
-    return table(("", "before", "after", "change"), rows, title=f"On {sets.name}")
+    how: dict[str, Any] = {"seed": config.seed, "batch_size": config.batch_size}
+    made = tuned(made, train, held_out, tune.epochs, tune.lr, energy=energy, select=config.select, **how)
+    return replace(made, fine_tune={**(made.fine_tune or {}), "energy_left_out": left_out})
