@@ -287,6 +287,148 @@ def test_every_fourth_step_is_four_times_as_strong() -> None:
     assert found == pytest.approx([4 * once, 0, 0, 0, 4 * once, 0, 0, 0], rel=1e-12)
 
 
+# ---------------------------------------------------------------------- what is settled at the first batch
+
+
+CUTTING = "0.1*jacobian_nuclear(method='factorized')"
+
+
+def cutting_net() -> nn.Sequential:
+    """Its tightest cut is after layer 1 at small inputs, after layer 2 at large ones."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    with torch.no_grad():
+        for k, p in enumerate(net.parameters()):
+            p.copy_(torch.randn(p.shape, generator=gen(k)) * (1.2 if p.ndim > 1 else 0.5))
+    return net
+
+
+def cut_in_training(reg: Regularizer) -> int:
+    return cut_in_training_of(reg.state_dict())
+
+
+def cut_in_training_of(state: dict[str, Any]) -> int:
+    (place,) = (int(v) for k, v in state.items() if k.endswith("/cut"))
+    return place
+
+
+class Run:
+    def __init__(self, net: nn.Module, spec: str = CUTTING) -> None:
+        self.net, self.optimizer = net, torch.optim.SGD(net.parameters(), lr=0.05)
+        self.reg = Regularizer(net, spec, seed=3).attach(self.optimizer)
+
+    def step(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        (functional.mse_loss(self.net(x), x) + self.reg.loss(x)).backward()
+        self.optimizer.step()
+
+
+def test_the_cut_of_the_first_batch_is_kept_and_saved() -> None:
+    small, large = 0.1 * randn(40, 4, dtype=torch.float32), 10 * randn(40, 4, seed=1, dtype=torch.float32)
+    one, other = Run(cutting_net()), Run(cutting_net())
+    assert cut_in_training(one.reg) == -1  # nothing is chosen yet
+    energy = JacobianNuclear(method="factorized")
+    energy.estimate(one.net, large, probe=gen())  # what was measured before has no say
+    one.step(small)
+    other.step(large)
+    chosen = cut_in_training(one.reg)
+    assert chosen > 0
+    assert chosen != cut_in_training(other.reg)  # or this test would say nothing
+    weights, state, momenta = (copy.deepcopy(o.state_dict()) for o in (one.net, one.reg, one.optimizer))
+    resumed = Run(cutting_net())  # modules of which nothing is known yet
+    resumed.net.load_state_dict(weights)
+    resumed.reg.load_state_dict(state)
+    resumed.optimizer.load_state_dict(momenta)
+    for r in (one, resumed):
+        for _ in range(3):
+            r.step(large)
+    assert all(torch.equal(p, q) for p, q in zip(one.net.parameters(), resumed.net.parameters()))
+    assert cut_in_training(resumed.reg) == chosen
+    forgetful = Run(cutting_net())
+    forgetful.net.load_state_dict(weights)
+    forgetful.reg.step_count = 1
+    for _ in range(3):
+        forgetful.step(large)
+    assert not torch.equal(next(one.net.parameters()), next(forgetful.net.parameters()))
+
+
+def test_the_first_of_several_batches_of_a_step_decides() -> None:
+    small, large = 0.1 * randn(40, 4, dtype=torch.float32), 10 * randn(40, 4, seed=1, dtype=torch.float32)
+    for first, second in ((small, large), (large, small)):
+        alone, both = Run(cutting_net()), Run(cutting_net())
+        alone.step(first)
+        with torch.no_grad():
+            both.reg.loss(second)  # has no say
+        for x in (first, second):
+            both.reg.loss(x).backward()
+        assert cut_in_training(both.reg) == cut_in_training(alone.reg)
+
+
+def test_options_of_the_other_method_do_not_stand_in_the_way() -> None:
+    x = randn(40, 4, dtype=torch.float32)
+    run = Run(cutting_net(), "0.1*jacobian_nuclear(estimator='fd', sigma=0.02)")
+    run.step(x)
+    assert cut_in_training(run.reg) == 0  # exact, where there is no estimator
+    wide = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40))
+    many = Run(filled(wide, dtype=torch.float32), "0.1*jacobian_nuclear(route='loop')")
+    many.step(randn(8, 40, dtype=torch.float32))
+    assert cut_in_training(many.reg) > 0  # factorized, where there is no route
+
+
+def test_measuring_chooses_the_cut_of_its_own_samples_whatever_came_before() -> None:
+    net, energy = cutting_net(), JacobianNuclear(method="factorized")
+    small, large = 0.1 * randn(40, 4, dtype=torch.float32), 10 * randn(40, 4, seed=1, dtype=torch.float32)
+    first = energy.estimate(net, small, probe=gen())
+    other = energy.estimate(net, large, probe=gen())
+    assert first.how != other.how
+    again = energy.estimate(net, small, probe=gen())
+    assert (again.how, again.value) == (first.how, first.value)
+
+
+def test_what_is_settled_is_the_method_too_and_fits_its_network_only() -> None:
+    x = randn(40, 4, dtype=torch.float32)
+    exact = Run(cutting_net(), "0.1*jacobian_nuclear")
+    with torch.no_grad():
+        exact.reg.loss(x)
+    assert cut_in_training(exact.reg) == -1  # without gradients another method may do
+    exact.step(x)
+    assert cut_in_training(exact.reg) == 0  # four outputs: no cut
+    named = Run(cutting_net(), "0.1*jacobian_nuclear(method='factorized', cut='1')")
+    named.step(x)
+    assert not any(k.startswith("settled/") for k in named.reg.state_dict())  # nothing was open
+    auto = Run(cutting_net())
+    auto.step(x)
+    state = auto.reg.state_dict()
+    key = next(k for k in state if k.endswith("/cut"))
+    for place in (6, 77, -2):
+        auto.reg.load_state_dict(state | {key: torch.tensor(place)})
+        with pytest.raises(UsageError, match=f"module {place} of a network with 6 modules"):
+            auto.step(x)
+    auto.reg.load_state_dict(state | {key: torch.tensor(5)})  # the output: another network's cut is verified too
+    with pytest.raises(UsageError, match="cannot be split at '4'"):
+        auto.step(x)
+    with pytest.raises(UsageError, match="another version"):
+        auto.reg.load_state_dict(state | {key: torch.zeros(2)})
+
+
+def test_a_state_without_the_cut_is_completed_at_the_next_batch() -> None:
+    x = randn(40, 4, dtype=torch.float32)
+    run = Run(cutting_net())
+    fresh = run.reg.state_dict()
+    run.step(x)
+    state = run.reg.state_dict()
+    old = {k: v for k, v in state.items() if not k.startswith("settled/")}
+    with pytest.warns(UserWarning, match=r"does not hold the cut that jacobian_nuclear\(method='factorized'\) had"):
+        run.reg.load_state_dict(old)
+    assert cut_in_training(run.reg) == -1
+    run.step(x)
+    assert cut_in_training(run.reg) == cut_in_training_of(state)
+    run.reg.load_state_dict({k: v for k, v in fresh.items() if not k.startswith("settled/")})  # nothing was chosen yet
+    for spec in ("0.1*jacobian_nuclear(method='factorized', cut='1')", "jacobian_nuclear@monitor"):
+        other = Run(cutting_net(), spec)
+        kept = {k: v for k, v in other.reg.state_dict().items() if not k.startswith("settled/")}
+        other.reg.load_state_dict(kept | {"step": 5})  # it plays no part: no warning
+
+
 # ---------------------------------------------------------------------- compilation and wrappers
 
 

@@ -26,7 +26,7 @@ from groundstate.energies.base import (
     is_number,
     summed,
 )
-from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule
+from groundstate.energies.capabilities import Anchored, Evolving, OfModel, OfModule, Resolving
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.layers import ordered_layers
 
@@ -35,12 +35,14 @@ from groundstate.layers import ordered_layers
 class Turn:
     """What a term is given at one step: the path so far, what it keeps of each weight, its sources of probes.
 
+    ``settled`` is what an energy of the function settles at its first batch.
     ``kept``, where given, returns the value and the gradients instead (`groundstate.amortized`).
     """
 
     trajectory: dict[str, Tensor]
     memories: dict[str, dict[str, Tensor]]
     probe: Callable[[str], torch.Generator]
+    settled: dict[str, Tensor]
     kept: Callable[[], tuple[float, list[tuple[Block, Tensor]]]] | None = None
 
 
@@ -248,7 +250,10 @@ def differentiable_value(
     if isinstance(p.energy, FunctionEnergy):
         if x is None:
             raise UsageError(f"{p.key} needs the batch: call reg.loss(x, y) with the inputs of the step")
-        return p.energy.value(model, x, y, probe=probe)
+        energy = p.energy
+        if isinstance(energy, Resolving):
+            energy = energy.resolve(model, x, y, turn.settled)
+        return energy.value(model, x, y, probe=probe)
     value: Tensor = _ClosedForm.apply(p, turn, *[b.parameter for b in p.blocks])  # pyright: ignore[reportAssignmentType]
     return value
 

@@ -46,7 +46,7 @@ from groundstate.energies.capabilities import Proximable
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.flat_state import below, restore
-from groundstate.memories import Memories
+from groundstate.memories import Memories, Settled
 from groundstate.schedules import schedule as make_schedule
 
 Schedule = Callable[[int], float]
@@ -116,6 +116,7 @@ class Regularizer:
                 self._trajectories[p.key] = p.energy.init(self._matrices())
         refuse_idle(self.placed, coupling=coupling, every=every, gap=gap, select=select, schedule=schedule)
         self._memories = Memories({p.key: p.memories(partial(self._probe, p)) for p in self.placed})
+        self._settled = Settled((p.key, p.energy) for p in self.placed if p.coupling == "loss")
         self._amortized = {} if gap is None else keep_gradients(self.placed, gap, every)
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
@@ -272,12 +273,14 @@ class Regularizer:
             state |= {f"trajectory/{key}/{k}": v.clone() for k, v in trajectory.items()}
         for key, kept in self._amortized.items():
             state |= {f"kept/{key}/{k}": v for k, v in kept.state().items()}
+        state |= {f"settled/{k}": v.clone() for k, v in self._settled.flat().items()}
         return state | {f"memory/{k}": v.clone() for k, v in self._memories.flat(self.step_count).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`; load the weights of the model first.
 
         If the weights are not those at which a trajectory was saved, the jump stays out of its energy, with a warning.
+        Choices of the first batch that an earlier version did not save are made anew, with a warning too.
 
         Raises:
             UsageError: the state is of another energy, or other weights.
@@ -299,6 +302,7 @@ class Regularizer:
                     )
         restore(self._memories.flat(), state, "memory/", matrices)
         self._memories.restart()
+        self._settled.load(below(state, "settled/"), begun=state["step"] > 0)
         for key, kept in self._amortized.items():
             kept.load(below(state, f"kept/{key}/"))
         self.step_count = int(state["step"])
@@ -402,7 +406,8 @@ class Regularizer:
         rates = [] if self._optimizer is None else [float(g["lr"]) for g in self._optimizer.param_groups]
         act = None if kept is None else partial(kept.act, self.step_count, valued, max(rates, default=0.0))
         memories = self._memories.at(p.key, self.step_count, learning)
-        return Turn(self._trajectories.get(p.key, {}), memories, partial(self._probe, p), act)
+        settled = self._settled.at(p.key, learning)
+        return Turn(self._trajectories.get(p.key, {}), memories, partial(self._probe, p), settled, act)
 
     def _probe(self, p: Placed, name: str = "") -> torch.Generator:
         key = f"{self.seed}/{self.step_count}/{p.key}" + (f"/{name}" if name else "")

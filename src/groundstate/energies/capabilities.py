@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from groundstate.energies.base import MatrixEnergy, NetworkEnergy
+from groundstate.energies.base import FunctionEnergy, MatrixEnergy, NetworkEnergy
 from groundstate.norms.subgradient import inner
 
 
@@ -47,6 +47,22 @@ class Evolving(ABC):
             memory: What `remember` gave, and what the steps since made of it.
             probe: Source of everything random in this step.
         """
+
+
+class Resolving(ABC):
+    """An energy of the function that leaves something open until it sees a network and a batch (where to cut it).
+
+    In training that is settled at the first batch and kept, as a flat mapping of tensors, so that a resumed run goes on
+    with the same.
+    """
+
+    @abstractmethod
+    def unresolved(self) -> dict[str, Tensor]:
+        """Returns what is kept before the first batch, empty if nothing is open; shapes and names stay the same."""
+
+    @abstractmethod
+    def resolve(self, f: nn.Module, x: Tensor, y: Tensor | None, memory: dict[str, Tensor]) -> FunctionEnergy:
+        """Returns the energy with nothing open: as ``memory`` says, which the first batch settles in place."""
 
 
 class Anchor(NamedTuple):

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundstate.energies.base import Estimate, Traits, is_number, refuse_unused, require
+from groundstate.energies.capabilities import Resolving
 from groundstate.energies.jacobian import MAX_OUTPUTS, JacobianEnergy, spectra
 from groundstate.errors import UsageError
 from groundstate.jacobian import exact, probes
@@ -29,15 +30,19 @@ from groundstate.jacobian.cuts import Cut, Split, check_cut, find_cuts
 from groundstate.jacobian.factorized import Estimator, half_sum, looseness, tightest
 from groundstate.jacobian.function import Function, function
 from groundstate.jacobian.plan import plan_for
+from groundstate.layers import unwrapped
 
 EXACT_OUTPUTS = 32
 METHODS = ("auto", "exact", "factorized")
+_UNUSED = {"auto": (), "exact": ("cut", "estimator", "sigma"), "factorized": ("route",)}
 _ESTIMATORS = ("auto", "vjp", "fd", "exact")
+_OPEN, _EXACT = -1, 0  # of the cut in training; any other number counts the modules of the network
+_CHOOSING_SAMPLES = 64
 _LOOSENESS_SAMPLES, _LOOSENESS_WIDTH = 32, 1024
 
 
 @dataclass(frozen=True, repr=False)
-class JacobianNuclear(JacobianEnergy):
+class JacobianNuclear(JacobianEnergy, Resolving):
     """Mean nuclear norm of the Jacobian: the sum of its singular values.
 
     Between ||J||_F and sqrt(rank) ||J||_F; minimizing it makes the network vary along few directions at each sample.
@@ -46,9 +51,10 @@ class JacobianNuclear(JacobianEnergy):
         on, wrt, samples, route: See `JacobianEnergy`.
         method: ``exact``; ``factorized``, the upper bound over a cut; ``auto``: exact for at most 32 outputs (or
             inputs) where the network has a second derivative, else factorized.
-        cut: Of ``factorized``: the layer after which the network is split; ``auto``: the one with the smallest bound on
-            the first batch, among those that do not limit the rank. The choice is kept while the network lives; name
-            the cut where a resumed run must repeat to the byte.
+        cut: Of ``factorized``: the layer after which the network is split; ``auto``: the one with the smallest bound,
+            among those that do not limit the rank. A `Regularizer` chooses at its first batch and saves the choice with
+            its state; measuring chooses for the samples it is given, whatever was chosen before; the bare energy keeps
+            its choice while the network lives.
         estimator: Of ``factorized``: ``vjp`` probes, ``fd`` (the published denoising form), ``exact``, or ``auto``: fd
             for smooth networks and those without a second derivative, vjp for networks with kinks.
         sigma: Step of ``fd``.
@@ -79,10 +85,7 @@ class JacobianNuclear(JacobianEnergy):
         known = self.estimator in _ESTIMATORS
         require(known, f"estimator must be one of {', '.join(_ESTIMATORS)}, got {self.estimator!r}")
         require(is_number(self.sigma) and self.sigma > 0, f"sigma must be finite and positive, got {self.sigma!r}")
-        if self.method == "exact":
-            refuse_unused(self, "method='exact'", "cut", "estimator", "sigma")
-        if self.method == "factorized":
-            refuse_unused(self, "method='factorized'", "route")
+        refuse_unused(self, f"method={self.method!r}", *_UNUSED[self.method])
         if self.estimator in ("vjp", "exact"):
             refuse_unused(self, f"estimator={self.estimator!r}", "sigma")
 
@@ -104,7 +107,7 @@ class JacobianNuclear(JacobianEnergy):
             if self.method != "factorized" and small:
                 s, how = spectra(run, points, self.route, f)
                 return Estimate.of(self.of_singular_values(s), how)
-            cut = self.cut_of(run, points)
+            cut = self._tightest(run, points) if self.cut == "auto" else self.cut_of(run, points)
             values = torch.cat(
                 [
                     half_sum(
@@ -146,6 +149,35 @@ class JacobianNuclear(JacobianEnergy):
             return "factorized"
         return "exact"
 
+    def unresolved(self) -> dict[str, Tensor]:
+        is_open = self.cut == "auto" and self.method != "exact"
+        return {"cut": torch.tensor(_OPEN)} if is_open else {}
+
+    def resolve(self, f: nn.Module, x: Tensor, y: Tensor | None, memory: dict[str, Tensor]) -> JacobianNuclear:
+        """Returns the energy with its cut by name, or ``exact``.
+
+        Raises:
+            UsageError: as `value`; or the cut in ``memory`` is of another network.
+        """
+        if not memory:
+            return self
+        names = [name for name, _ in unwrapped(f).named_modules()]
+        place = int(memory["cut"])
+        if place == _OPEN:
+            with function(f, x, y, on=self.on, wrt=self.wrt) as (run, points):
+                exactly = self._method(run, points) == "exact"
+                place = _EXACT if exactly else names.index(self._tightest(run, points).name)
+            memory["cut"].fill_(place)
+        if place == _EXACT:
+            return self._by("exact")
+        if not 0 < place < len(names):
+            raise UsageError(f"the saved cut of {self!r} is at module {place} of a network with {len(names)} modules")
+        return self._by("factorized", names[place])
+
+    def _by(self, method: str, cut: str = "auto") -> JacobianNuclear:
+        unused = {f.name: f.default for f in fields(self) if f.name in _UNUSED[method]}
+        return replace(self, method=method, **{"cut": cut, **unused})
+
     def cut_of(self, run: Function, points: Tensor) -> Cut:
         """Returns the cut: the one named, verified, or the one with the smallest bound; found once per network.
 
@@ -155,17 +187,19 @@ class JacobianNuclear(JacobianEnergy):
         facts = plan_for(run, points).facts
         key = f"cut {self.cut}"
         if key not in facts:
-            if self.cut != "auto":
-                facts[key] = check_cut(run, points, self.cut)
-            else:
-                few = torch.arange(min(len(points), 64), device=points.device)
-                kind = "vjp" if probes.usable(run, points, False) == "vjp" else "fd"
-                part, x = run.rows(few), points[few]
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    probe = torch.Generator().manual_seed(0)
-                    facts[key] = tightest(part, x, find_cuts(part, x), probe=probe, estimator=kind).cut
+            named = self.cut != "auto"
+            facts[key] = check_cut(run, points, self.cut) if named else self._tightest(run, points)
         found = facts[key]
         if not isinstance(found, Cut):
             raise UsageError(f"{self!r}: there is no cut")
         return found
+
+    @staticmethod
+    def _tightest(run: Function, points: Tensor) -> Cut:
+        few = torch.arange(min(len(points), _CHOOSING_SAMPLES), device=points.device)
+        kind = "vjp" if probes.usable(run, points, False) == "vjp" else "fd"
+        part, x = run.rows(few), points[few]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            probe = torch.Generator().manual_seed(0)
+            return tightest(part, x, find_cuts(part, x), probe=probe, estimator=kind).cut
