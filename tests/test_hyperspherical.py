@@ -209,6 +209,34 @@ def test_learned_projections_learn_and_are_saved(projection: str) -> None:
     assert goal(memory) < goal(start)
 
 
+@pytest.mark.parametrize("projection", ["angle-preserving", "adversarial"])
+def test_in_inference_mode_learned_projections_are_used_and_stay(projection: str) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(60, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    for mode in (False, True):  # in which the regularizer is made
+        with torch.inference_mode(mode):
+            reg = Regularizer(model, f"comhe(projection={projection!r}, dimensions=8)@loss")
+        (start,) = [v for k, v in reg.state_dict().items() if k.startswith("memory/")]
+        with torch.inference_mode():
+            found = float(reg.loss())
+        (after,) = [v for k, v in reg.state_dict().items() if k.startswith("memory/")]
+        assert torch.equal(start, after)
+        hidden, output = (p.detach() for p in model.parameters() if p.ndim == 2)
+        half = HypersphericalEnergy(s=2, half_space=True).value(hidden @ start.mT)
+        expected = float(half + HypersphericalEnergy(s=2).value(output))
+        assert found == pytest.approx(expected, rel=1e-6)  # the sum is a float32 number
+        reg.loss().backward()
+        (learned,) = [v for k, v in reg.state_dict().items() if k.startswith("memory/")]
+        assert not torch.equal(start, learned)
+
+
+def test_weights_made_in_inference_mode_have_a_loss_with_learned_projections() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(60, 12), nn.ReLU(), nn.Linear(12, 3))
+    for spec in ("comhe(projection='adversarial', dimensions=8)", "mma"):
+        assert bool(Regularizer(model, f"{spec}@loss").loss().isfinite())
+
+
 def test_a_state_of_other_weights_is_refused() -> None:
     spec = "comhe(projection='adversarial', dimensions=8)"
     reg = Regularizer(nn.Sequential(nn.Linear(60, 12), nn.Linear(12, 3)), spec)

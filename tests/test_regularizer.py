@@ -12,6 +12,7 @@ import groundstate as gs
 from groundstate.blocks import select
 from groundstate.energies import L1, GraphEnergy, Nuclear, PathEnergy, SquaredFrobenius, registered
 from groundstate.energies.base import Coupling, MatrixEnergy, NetworkEnergy
+from groundstate.energies.capabilities import Anchored
 from groundstate.energies.registry import parse
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.idle import taken
@@ -433,6 +434,33 @@ def test_maximizing_optimizer_still_minimizes_the_energy():
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer.step()
     assert torch.allclose(model.weight, before * 0.9)
+
+
+OF_WEIGHTS = [e for c in registered().values() if issubclass(c, MatrixEnergy | NetworkEnergy) for e in c.examples()]
+KEPT = [e for e in OF_WEIGHTS if isinstance(e, Anchored) and e.bounded()]
+
+
+@pytest.mark.parametrize(("energy", "gap"), [*((e, None) for e in OF_WEIGHTS), *((e, 0.01) for e in KEPT)], ids=repr)
+def test_inference_mode_has_the_same_loss_and_training_goes_on(energy, gap) -> None:
+    def made() -> gs.Regularizer:
+        return gs.Regularizer(mlp(0), energy.via("loss"), gap=gap)
+
+    reg = made()
+    with torch.inference_mode():
+        found = reg.loss()
+    if "angle-preserving" not in repr(energy):  # learned in training before it is used
+        assert found == made().loss()
+    reg.loss().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in reg.model.parameters() if p.ndim == 2)
+
+
+def test_network_energies_without_a_closed_form_have_gradients_in_inference_mode() -> None:
+    layers = [p for p in mlp(1).parameters() if p.ndim == 2]
+    closed = GraphEnergy().value_and_grad(layers)[1]
+    with torch.inference_mode():
+        found = NetworkEnergy.value_and_grad(GraphEnergy(), layers)[1]
+    for a, b in zip(found, closed, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-9)  # float64, singular values well apart
 
 
 def test_terms_of_the_loss_that_nobody_asks_for_are_named() -> None:

@@ -242,7 +242,9 @@ class Amortized:
 
     def _renew(self, unit: _Unit, step: int) -> None:
         weights = unit.weights()
-        at: Anchor = self._named(unit.name, unit.energy.anchor, weights)
+        with torch.inference_mode(False):  # what is kept serves steps of training too
+            at: Anchor = self._named(unit.name, unit.energy.anchor, weights)
+            origin = [w.clone() for w in weights]
         upper = at.value * (1 + at.slack)
         if unit.refreshed >= 0:
             if unit.looked != step or unit.way < 0:
@@ -256,7 +258,7 @@ class Amortized:
         else:
             unit.lower = upper
         unit.value, unit.shift, unit.slack, unit.upper = at.value, at.shift, at.slack, upper
-        unit.gradients, unit.origin = at.gradients, [w.clone() for w in weights]
+        unit.gradients, unit.origin = at.gradients, origin
         unit.refreshes += 1
         unit.refreshed, unit.looked, unit.way = step, step, -1.0
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from groundstate.energies.base import MatrixEnergy, Traits, is_number, require
+from groundstate.energies.base import MatrixEnergy, Traits, is_number, recording, require
 from groundstate.energies.hyperspherical import of_live
 from groundstate.norms.spectral import refuse_nonfinite, working_dtype
 from groundstate.norms.sphere.autograd import differentiable
@@ -51,8 +51,8 @@ class OfDirections(MatrixEnergy):
         return of_live(w, self._each)[0]
 
     def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = w.detach().requires_grad_()
-        with torch.enable_grad():
+        with recording():
+            leaf = w.detach().clone().requires_grad_()
             value = self.value(leaf)
             (grad,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), grad.detach()

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, TypeGuard
 
@@ -132,8 +133,8 @@ class NetworkEnergy(Energy):
 
     def value_and_grad(self, layers: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Returns E and one gradient per layer, without an autograd graph."""
-        leaves = [w.detach().clone().requires_grad_() for w in layers]
-        with torch.enable_grad():
+        with recording():
+            leaves = [w.detach().clone().requires_grad_() for w in layers]
             value = self.value(leaves)
             grads = torch.autograd.grad(value, leaves, allow_unused=True)
         return value.detach(), [torch.zeros_like(w) if g is None else g for g, w in zip(grads, leaves, strict=True)]
@@ -303,6 +304,13 @@ class Sum:
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.terms)) if self.terms else "none"
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Has autograd record, in inference mode too; make copies inside, what was made in that mode cannot be used."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def summed(value: Callable[[Any], Tensor], weights: Tensor | Sequence[Tensor]) -> float:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from groundstate.energies.base import MatrixEnergy, Traits, is_number, is_whole, refuse_unused, require
+from groundstate.energies.base import MatrixEnergy, Traits, is_number, is_whole, recording, refuse_unused, require
 from groundstate.energies.capabilities import Evolving
 from groundstate.energies.hyperspherical import HypersphericalEnergy
 
@@ -38,8 +38,8 @@ _ADVERSARIAL_STEPS = 10
 class CompressiveHypersphericalEnergy(MatrixEnergy, Evolving):
     """Mean hyperspherical energy of the neurons of a layer under projections to few dimensions (CoMHE).
 
-    In training the projections are drawn anew, or learned, at every step; measured as a function of the weights alone
-    they are Gaussian with the fixed key ``seed``. At the last linear layer of a network it is the full, unprojected
+    In training the projections are drawn anew, or learned, at every step (in inference mode nothing is learned);
+    measured as a function of the weights alone they are Gaussian with the fixed key ``seed``. At the last linear layer of a network it is the full, unprojected
     energy of `HypersphericalEnergy`, as is usual. Weights with at most ``dimensions`` inputs are not projected.
 
     Attributes:
@@ -113,11 +113,13 @@ class CompressiveHypersphericalEnergy(MatrixEnergy, Evolving):
     def remember(self, w: Tensor, probe: torch.Generator) -> dict[str, Tensor]:
         if self.projection in ("random", "group") or self._narrow(w):
             return {}
-        return {"projection": self._drawn(w, 1, probe)[0]}
+        with torch.inference_mode(False):  # it is to be learned later
+            return {"projection": self._drawn(w, 1, probe)[0]}
 
     def step(self, w: Tensor, memory: dict[str, Tensor], probe: torch.Generator) -> tuple[Tensor, Tensor]:
         if "projection" in memory:
-            self._learn(w.detach(), memory["projection"])
+            if not torch.is_inference_mode_enabled():  # that is no step of training
+                self._learn(w.detach(), memory["projection"])
             return self._with(w.detach(), memory["projection"][None])
         if self.projection == "group" or self._narrow(w):
             return self.value_and_grad(w)
@@ -165,8 +167,8 @@ class CompressiveHypersphericalEnergy(MatrixEnergy, Evolving):
 
     def _learn(self, w: Tensor, p: Tensor) -> None:
         """Moves the projection by gradient steps: down the distortion of cosines, or up the energy."""
-        w = w.to(p.dtype)
-        with torch.enable_grad():
+        with recording():
+            w = w.to(p.dtype, copy=w.is_inference())
             for _ in range(1 if self.projection == "angle-preserving" else _ADVERSARIAL_STEPS):
                 leaf = p.detach().requires_grad_()
                 seen = w @ leaf.mT
