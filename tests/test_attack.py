@@ -290,18 +290,28 @@ def test_shapes(shape: tuple[int, ...]) -> None:
         assert bool(delta.isfinite().all())
 
 
-def test_one_class_has_no_errors() -> None:
-    f, x, y = nn.Linear(6, 1), randn(4, 6, dtype=torch.float32), torch.zeros(4).long()
-    assert robust_accuracy(f, x, y, [0, 1], gen()) == [1.0, 1.0]
-    assert bool(ProjectedAscent(1.0).perturb(f, x, y, gen()).isfinite().all())
-
-
 def test_one_sample_equals_its_batch() -> None:
     f, x, y = mlp(), randn(1, 6), torch.tensor([2])
     attack = ProjectedAscent(0.5)
     pair = attack.perturb(f, x.repeat(2, 1), y.repeat(2), gen())
     assert pair[0].shape == attack.perturb(f, x, y, gen())[0].shape
     assert not torch.equal(pair[0], pair[1])  # each sample has a start of its own
+
+
+@pytest.mark.parametrize("labels", [0, 1])
+def test_one_output_is_no_score_of_each_class(labels: int) -> None:
+    f, x, y = fill(nn.Sequential(nn.Linear(6, 1)).double()), randn(5, 6), torch.full((5,), labels)
+    calls: dict[str, Callable[[], Any]] = {
+        "robust accuracy": lambda: robust_accuracy(f, x, y, [0.0, 0.1], gen()),
+        "attack": lambda: ProjectedAscent(0.1).perturb(f, x, y, gen()),
+        "curve": lambda: alignment_curve(f, x, y, x, [0.1], gen()),
+    }
+    for call in calls.values():
+        with pytest.raises(UsageError, match=r"no score of each class: .* torch.cat\(\[0 \* z, z\], 1\)"):
+            call()
+    power = ProjectedAscent(0.1, objective="logits", step_size=1e9).perturb(f, x, None, gen())  # needs no classes
+    w = f[0].weight.detach().expand(5, -1)
+    assert torch.allclose(alignment(power, w), torch.ones(5, dtype=F64), rtol=0, atol=1e-9)  # of the long step
 
 
 # What must stay as it was

@@ -106,8 +106,8 @@ class ProjectedAscent:
             generator: Source of the random starts, on any device. Not the global one: its state is put back.
 
         Raises:
-            UsageError: empty or integer x, x outside of ``bounds``, labels missing or out of range, an output that does
-                not depend on x differentiably.
+            UsageError: empty or integer x, x outside of ``bounds``, labels missing or out of range, labels of a network
+                with one output, an output that does not depend on x differentiably.
             NonFiniteError: x or an output of f is NaN or infinite.
 
         Cost: per restart, ``steps`` + 1 forward and ``steps`` backward passes (by the input only).
@@ -353,8 +353,8 @@ def _at_radii(attack: ProjectedAscent, epsilons: Sequence[float], batch: int) ->
 
 
 def _error_logit(z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns m = log sum_{k != y} exp z_k - z_y, ``(N,)``, and dm/dz, ``(N, C)``; zero for a single class."""
-    if labels is None or z.shape[1] == 1:
+    """Returns m = log sum_{k != y} exp z_k - z_y, ``(N,)``, and dm/dz, ``(N, C)``; zero without labels."""
+    if labels is None:
         return z.new_zeros(len(z)), torch.zeros_like(z)
     truth = torch.zeros_like(z, dtype=torch.bool).scatter_(1, labels[:, None], True)
     others = z.masked_fill(truth, -math.inf)

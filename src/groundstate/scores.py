@@ -273,7 +273,7 @@ def checked_labels(labels: Tensor, samples: int, classes: int) -> Tensor:
     """Returns the labels as int64, ``(samples,)``.
 
     Raises:
-        UsageError: not integers, not one for each sample, or not in 0..classes-1.
+        UsageError: not integers, not one for each sample, not in 0..classes-1, or a single class.
     """
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise UsageError(f"labels must be integers, got {labels.dtype}: pass class numbers, e.g. labels.long()")
@@ -282,6 +282,8 @@ def checked_labels(labels: Tensor, samples: int, classes: int) -> Tensor:
             f"labels must have shape ({samples},), one for each sample, got {tuple(labels.shape)}: flatten a column, "
             "take labels.argmax(1) of one-hot rows"
         )
+    if classes == 1:
+        raise UsageError(f"a network with one output has no score of each class: {ONE_LOGIT}")
     y = labels.detach().long()
     low, high = (int(b) for b in y.aminmax())
     if low < 0 or high >= classes:
