@@ -278,6 +278,19 @@ def test_an_energy_of_the_function_is_measured_alone_and_can_fail_a_limit(run: P
     assert "note: dirichlet(on='no.such'): left out: the network has no layer" in absent.stderr
 
 
+def test_an_energy_that_no_weight_has_is_no_total_and_fails_no_limit(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1, 5)}, tmp_path / "m.safetensors")
+    asked = ("measure", tmp_path / "m.safetensors", "--energy", "mhe + mma")
+    assert document(*asked)["totals"] == {}
+    result = call(*asked)
+    assert "total over the weights" not in result.stdout
+    assert "1 x 5 (neurons x weights of each) is too small" in result.stdout
+    assert "note: mhe, mma: no total: no weight has a value" in result.stderr
+    for key in ("mhe", "mma"):
+        assert "mhe, mma: no total: no weight" in refused(2, *asked, "--fail-above", f"{key}=1")
+    assert "add --energy 'nuclear'" in refused(2, *asked, "--fail-above", "nuclear=1")
+
+
 def test_names_from_files_are_neither_markup_nor_terminal_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,9 +197,27 @@ def test_an_analyzed_row_says_why_an_energy_has_no_value(widths: tuple[int, int]
     row = table.rows[0]
     assert (row.status, set(row.values)) == ("analyzed", {"nuclear"})
     assert row.reason.startswith(f"mhe, mma: {widths[1]} x {widths[0]} (neurons x weights of each) is too small")
-    assert any(n.startswith("mhe, mma: the total is without weight") for n in table.notes)
+    assert set(table.totals) == {"nuclear"}
+    assert "mhe, mma: no total: no weight has a value; the reason is in the row" in table.notes
     assert row.reason in table.to_csv()
     assert measure(nn.Linear(2, 2), "mhe").rows[0].reason == ""
+
+
+def test_energies_have_totals_of_the_weights_that_have_values_and_none_without() -> None:
+    """Of all per-weight energies: those that a weight of one neuron, or no weight, has no value of have no total."""
+    table = measure(mlp(25, 6, 5, 1))
+    only = measure(mlp(25, 5, 1))
+    assert set(only.totals) == set(only.rows[0].values) | {"graph"}
+    assert set(table.totals) - set(only.totals) == {"comhe(dimensions=3, count=4)", "mgd", "mhe", "mma", "uniformity"}
+    for key in set(table.totals) - set(only.totals):
+        assert table.totals[key] == rows(table)["0.weight"].values[key]
+        assert any(key in n and "the total is without 2.weight" in n for n in table.notes)
+        assert any(key in n and "no total: no weight has a value" in n for n in only.notes)
+    assert "mhe" not in json.loads(json.dumps(only.to_dict()))["totals"]
+    for state in ({"bias": torch.ones(3)}, {"w": torch.full((3, 3), math.nan)}):
+        empty = measure(state, "mhe + nuclear")
+        assert empty.totals == {}
+        assert "mhe, nuclear: no total: no tensor is an analyzed weight" in empty.notes
 
 
 # Network energies

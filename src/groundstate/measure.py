@@ -131,13 +131,17 @@ def _energies(energies: Energies, with_data: bool) -> dict[str, Energy]:
 
 def _left_out(rows: list[Row], energies: Iterable[str]) -> list[str]:
     """Returns what the totals do not have in them, and why."""
+    analyzed = [r for r in rows if r.status == "analyzed"]
     without: dict[tuple[str, ...], list[str]] = {}
     for key in energies:
-        left = tuple(r.name for r in rows if r.status == "analyzed" and key not in r.values)
+        left = tuple(r.name for r in analyzed if key not in r.values)
         without.setdefault(left, []).append(key)
     notes = []
     for left, keys in without.items():
-        if left:
+        if len(left) == len(analyzed):
+            why = "no weight has a value; the reason is in the row" if left else "no tensor is an analyzed weight"
+            notes.append(f"{', '.join(keys)}: no total: {why}")
+        elif left:
             shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             notes.append(f"{', '.join(keys)}: the total is without {shown}; the reason is in the row")
     if broken := [r.name for r in rows if r.status == "non-finite"]:
@@ -324,8 +328,9 @@ def _figures(s: Tensor, longest: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _totals(rows: list[Row], energies: Iterable[str]) -> dict[str, float]:
-    analyzed = [r for r in rows if r.status == "analyzed"]
-    return {k: math.fsum(r.values[k] for r in analyzed if k in r.values) for k in energies}
+    """Returns the sums over the weights; an energy without a value at any of them has none."""
+    found = {k: [r.values[k] for r in rows if k in r.values] for k in energies}
+    return {k: math.fsum(values) for k, values in found.items() if values}
 
 
 def _network(

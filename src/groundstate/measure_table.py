@@ -65,7 +65,8 @@ class Table:
 
     Attributes:
         rows: Every tensor, in the order of the model (of a file: by name, numbers as numbers).
-        totals: Energies of the whole network by their spec: sums over the analyzed rows, and network energies.
+        totals: Energies of the whole network by their spec: sums over the analyzed rows, and network energies. One
+            that no weight has a value of is absent, and a note says so.
         notes: What the reader should know: energies that are absent, and why.
         evaluation: ``loss`` and ``accuracy`` on the data, where data was given.
         function: What the network does to these data, where data was given.

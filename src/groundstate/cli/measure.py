@@ -122,10 +122,16 @@ def _failed(found: Table, limits: dict[str, float]) -> list[str]:
     failed = []
     for key, limit in limits.items():
         if key not in measured:
-            raise UsageError(f"--fail-above {key}: it was not measured; {_remedy(key)}")
+            raise UsageError(f"--fail-above {key}: it was not measured; {_absent(found, key) or _remedy(key)}")
         if not measured[key] <= limit:
             failed.append(f"{key} is {measured[key]:.6g}, above {limit:g}")
     return failed
+
+
+def _absent(found: Table, key: str) -> str:
+    """Returns the note that says why an energy has no value; empty: it was not asked for."""
+    notes = [*found.notes, *(found.function.notes if found.function is not None else ())]
+    return next((n for n in notes if f", {key}, " in f", {n.partition(': ')[0]}, "), "")
 
 
 def _remedy(key: str) -> str:

@@ -39,8 +39,9 @@ class CompressiveHypersphericalEnergy(MatrixEnergy, Evolving):
     """Mean hyperspherical energy of the neurons of a layer under projections to few dimensions (CoMHE).
 
     In training the projections are drawn anew, or learned, at every step (in inference mode nothing is learned);
-    measured as a function of the weights alone they are Gaussian with the fixed key ``seed``. At the last linear layer of a network it is the full, unprojected
-    energy of `HypersphericalEnergy`, as is usual. Weights with at most ``dimensions`` inputs are not projected.
+    measured as a function of the weights alone they are Gaussian with the fixed key ``seed``. At the last linear layer
+    of a network it is the full, unprojected energy of `HypersphericalEnergy`, as is usual. Weights with at most
+    ``dimensions`` inputs are not projected.
 
     Attributes:
         projection: ``random``, ``angle-preserving``, ``adversarial`` or ``group``.
