@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import io
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 import groundstate as gs
 from groundstate.energies import L1, GraphEnergy, MatrixEnergy, Nuclear, SquaredFrobenius, registered
+from groundstate.energies.function_prior import set_prior
 from groundstate.energies.graph import ConvolutionGraphEnergy
 from groundstate.errors import UsageError
 from groundstate.measure import Row, Table, measure
@@ -370,6 +372,63 @@ def test_measuring_changes_neither_weights_nor_the_random_numbers() -> None:
     measure(model)
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(model.parameters(), before, strict=True))
+
+
+class Scaled(nn.Module):
+    """Tied weights, a recurrent layer, buffers, and a tensor that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.norm = nn.LSTM(3, 4, batch_first=True), nn.BatchNorm1d(4)
+        self.down, self.up = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.up.weight = self.down.weight
+        self.scale = torch.tensor([1.0, 2.0, 0.5, 1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(torch.tanh(self.down(self.norm(self.recurrent(x)[0][:, -1])))) * self.scale
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_networks_from_inference_mode_are_measured_as_others(inside: bool) -> None:
+    x, y = torch.randn(12, 5, 3, generator=generator(26)), torch.arange(12) % 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(26)
+        plain = Scaled()
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        made = Scaled()
+        made.load_state_dict(plain.state_dict())
+    before, tensors = {k: v.clone() for k, v in made.state_dict().items()}, list(made.parameters())
+    with torch.inference_mode(inside):
+        found = measure(made, "all", data=(x, y))
+    expected = measure(plain, "all", data=(x, y))
+    assert found.to_dict() == expected.to_dict()
+    assert found.function is not None
+    assert found.function.robustness
+    assert found.notes == expected.notes
+    assert all(a is b for a, b in zip(made.parameters(), tensors, strict=True))
+    assert all(t.is_inference() for t in (*made.parameters(), *made.buffers(), made.scale))
+    assert made.up.weight is made.down.weight
+    assert made.training
+    assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
+    with pytest.raises(UsageError, match=r"copy.deepcopy\(model\)"):
+        gs.Regularizer(made, "dirichlet").loss(x)
+    copied = copy.deepcopy(made)
+    assert gs.Regularizer(copied, "dirichlet").loss(x).requires_grad
+
+
+def test_a_prior_given_to_a_network_from_inference_mode_is_its_prior() -> None:
+    x = torch.randn(8, 3, generator=generator(27))
+    plain, prior = mlp(28, 3, 5, 2), mlp(29, 3, 5, 2)
+    with torch.inference_mode():
+        made = mlp(28, 3, 5, 2)
+        made.load_state_dict(plain.state_dict())
+    values = []
+    for model in (plain, made):
+        set_prior(model, prior)
+        function = measure(model, "function_prior", data=(x, None)).function
+        assert function is not None
+        values.append(function.energies["function_prior"])
+    assert values[0] == values[1]
 
 
 @pytest.mark.parametrize("source", [{}, nn.ReLU()])

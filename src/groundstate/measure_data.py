@@ -12,6 +12,8 @@ right. It is not scored, and a note says so; the logits (0, z) have the probabil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,32 @@ def check_samples(x: Tensor, y: Tensor | None) -> None:
             raise NonFiniteError(f"the {name} has NaN or infinite entries: remove those samples")
     if y is not None and len(y) != len(x):
         raise UsageError(f"x has {len(x)} samples and y {len(y)}: give as many labels as inputs")
+
+
+@contextmanager
+def with_gradients(model: nn.Module | None) -> Iterator[None]:
+    """Has copies stand in for the tensors of a network that were made in inference mode, where autograd refuses them.
+
+    Those are its parameters and buffers, and tensors that are plain attributes of its modules. The network is otherwise
+    itself, so what is known of it (a prior, hooks) holds; on leaving it has its own tensors again.
+    """
+    own: list[tuple[nn.Module, str, Tensor]] = []
+    copies: dict[int, Tensor] = {}  # by the tensor: a tied weight stays tied
+    for m in () if model is None else model.modules():
+        for name, t in (*m._parameters.items(), *m._buffers.items(), *vars(m).items()):
+            if isinstance(t, Tensor) and t.is_inference() and not nn.parameter.is_lazy(t):
+                own.append((m, name, t))
+    try:
+        with torch.inference_mode(False):
+            for m, name, t in own:
+                if id(t) not in copies:
+                    copy = t.detach().clone()
+                    copies[id(t)] = nn.Parameter(copy, t.requires_grad) if isinstance(t, nn.Parameter) else copy
+                setattr(m, name, copies[id(t)])
+        yield
+    finally:
+        for m, name, t in own:
+            setattr(m, name, t)
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> Tensor | None:
@@ -130,7 +158,11 @@ def evaluate(model: nn.Module | None, data: Any) -> tuple[dict[str, float], list
         raise UsageError(f"data must be two tensors (x, y), inputs and labels, got {what}; without labels (x, None)")
     x, y = data
     check_samples(x, y)
-    x = in_dtype_of(model, x)
+    with with_gradients(model):
+        return _scored(model, in_dtype_of(model, x), y)
+
+
+def _scored(model: nn.Module, x: Tensor, y: Tensor | None) -> tuple[dict[str, float], list[str]]:
     goal = targets(y, width(model, x[:1]))
     if isinstance(goal, str):
         return {}, [f"loss, accuracy: left out: {goal}"]

@@ -34,7 +34,7 @@ from groundstate.jacobian.cuts import Cut, Split, find_cuts
 from groundstate.jacobian.factorized import half_sum, looseness
 from groundstate.jacobian.function import Function, blame, frozen, function
 from groundstate.jacobian.plan import plan_for
-from groundstate.measure_data import check_samples, in_dtype_of, targets, width
+from groundstate.measure_data import check_samples, in_dtype_of, targets, width, with_gradients
 from groundstate.norms import gram
 from groundstate.outliers import families
 from groundstate.scores import auroc, calibration, predictive_entropy
@@ -115,7 +115,7 @@ def measure_function(
     """Measures a network on samples.
 
     Args:
-        model: The network; nothing of it changes.
+        model: The network; nothing of it changes. For tensors made in inference mode copies stand in meanwhile.
         x: Inputs, ``(B, ...)``; taken to the dtype of the parameters.
         y: Class labels ``(B,)``. Without them, with real targets (as many numbers as outputs), or with a single output,
             which is no score of each class, only energies, spectrum and cuts are measured.
@@ -146,15 +146,16 @@ def measure_function(
     whole = set(known) <= set(chosen) if whole is None else whole
     x, y = _sample(model, x, y, samples, seed)
     table = FunctionTable(len(x))
-    parts = _parts(_Work(table, model, x, y), chosen, whole)
     absent: dict[str, list[str]] = {}
-    for done, (what, part) in enumerate(parts, 1):
-        try:
-            part(torch.Generator().manual_seed(seed))
-        except (UsageError, NonFiniteError) as error:
-            absent.setdefault(str(error), []).append(what)
-        if progress is not None:
-            progress(done, len(parts), what)
+    with with_gradients(model):
+        parts = _parts(_Work(table, model, x, y), chosen, whole)
+        for done, (what, part) in enumerate(parts, 1):
+            try:
+                part(torch.Generator().manual_seed(seed))
+            except (UsageError, NonFiniteError) as error:
+                absent.setdefault(str(error), []).append(what)
+            if progress is not None:
+                progress(done, len(parts), what)
     table.notes.extend(f"{', '.join(whats)}: left out: {reason}" for reason, whats in absent.items())
     return table
 

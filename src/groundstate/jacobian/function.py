@@ -347,7 +347,7 @@ def _check_usable(modules: list[nn.Module], parameters: list[nn.Parameter]) -> N
         if tensor.is_inference():
             raise UsageError(
                 "the network was made in inference mode, so nothing can be differentiated through it: make or load it "
-                "outside torch.inference_mode()"
+                "outside torch.inference_mode(), or take copy.deepcopy(model) there"
             )
 
 
