@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import MISSING, dataclass
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 import groundstate.energies as package
 from groundstate.energies import COUPLINGS, Energy, Sum, Term, get, parse, register, registered, registry, unregister
+from groundstate.energies.capabilities import Dualizable, Proximable
 from groundstate.energies.entrywise import Frobenius, SquaredFrobenius
 from groundstate.energies.path_energy import PathEnergy
 from groundstate.energies.spectral import KyFan, LogDet, Nuclear, Schatten
@@ -52,6 +55,27 @@ def test_every_energy_in_the_folder_is_found() -> None:
         assert get(name) is cls
         assert get(cls.__name__) is cls
         assert getattr(package, cls.__name__) is cls
+
+
+def test_the_readme_has_a_row_of_every_energy_with_its_options_and_capabilities() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    cells = [line.strip("|").split("|") for line in text.partition("## Energies")[2].splitlines() if line[:3] == "| `"]
+    listed: list[str] = []
+    for first, *others in cells:
+        for spec in re.findall("`([^`]+)`", first):
+            name, _, given = spec.rstrip(")").partition("(")
+            cls = registered()[name]
+            listed.append(name)
+            fields = cls.__dataclass_fields__
+            options = [option.partition("=") for option in given.split(", ") if option]
+            if all(value for *_, value in options):
+                assert repr(parse(spec)) == name, f"{spec} is not {name} with its defaults"
+            assert {option for option, *_ in options} >= {k for k, f in fields.items() if f.default is MISSING}
+            assert {option for option, *_ in options} <= set(fields)
+            if len(others) == 3:
+                able = tuple(issubclass(cls, kind) for kind in (Proximable, Dualizable))
+                assert tuple(o.strip() == "yes" for o in others[1:]) == able, spec
+    assert sorted(listed) == [n for n, c in registered().items() if c.__module__.startswith("groundstate.")]
 
 
 def test_an_unknown_class_is_an_attribute_error() -> None:
