@@ -454,6 +454,18 @@ def test_inference_mode_has_the_same_loss_and_training_goes_on(energy, gap) -> N
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in reg.model.parameters() if p.ndim == 2)
 
 
+@pytest.mark.parametrize("energy", ["conv_nuclear", "conv_operator_norm"])
+def test_a_regularizer_made_in_inference_mode_acts_on_convolutions(energy) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3))
+    values = []
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            reg = gs.Regularizer(model, f"{energy}@loss")
+        values.append(reg.loss().detach())
+        reg.loss().backward()
+    assert values[0] == values[1]
+
+
 def test_network_energies_without_a_closed_form_have_gradients_in_inference_mode() -> None:
     layers = [p for p in mlp(1).parameters() if p.ndim == 2]
     closed = GraphEnergy().value_and_grad(layers)[1]

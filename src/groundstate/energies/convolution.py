@@ -173,7 +173,8 @@ class AtConvolution(MatrixEnergy, Evolving):
         return value.to(working_dtype(w.dtype)), self.geometry.matrix(grad)
 
     def remember(self, w: Tensor, probe: torch.Generator) -> dict[str, Tensor]:
-        return self.energy.remembered(self.geometry.kernel(w.detach()), self.geometry, probe)
+        with torch.inference_mode(False):  # steps of training write to it later
+            return self.energy.remembered(self.geometry.kernel(w.detach()), self.geometry, probe)
 
     def step(self, w: Tensor, memory: dict[str, Tensor], probe: torch.Generator) -> tuple[Tensor, Tensor]:
         kernel = self.geometry.kernel(w.detach())
