@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -16,55 +16,12 @@ from torch.nn import functional
 
 from groundstate import Regularizer
 from groundstate.energies.dirichlet import Dirichlet
-from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius, JacobianSpectral
+from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius
 from groundstate.energies.jacobian_nuclear import JacobianNuclear
 from groundstate.errors import NonFiniteError, UsageError
 from groundstate.jacobian.function import function
 from groundstate.jacobian.plan import plan_for
-
-F64 = torch.float64
-M = TypeVar("M", bound=nn.Module)
-EXACT = Dirichlet(estimator="exact", samples=None)
-PROBED = Dirichlet(samples=None)
-ALL = (PROBED, EXACT, JacobianFrobenius(samples=None), JacobianSpectral(samples=None), JacobianNuclear(samples=None))
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=gen(seed), dtype=F64).to(dtype)
-
-
-def filled(model: M, seed: int = 0, dtype: torch.dtype = F64) -> M:
-    g = gen(seed)
-    with torch.no_grad():
-        for p in model.to(dtype).parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=F64) * (1.5 / (p[0].numel() if p.ndim > 1 else 4)) ** 0.5)
-    return model
-
-
-def mlp(dtype: torch.dtype = F64, seed: int = 1) -> nn.Sequential:
-    return filled(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), seed, dtype)
-
-
-def value_and_gradient(energy: JacobianEnergy, f: Any, x: Tensor, parameters: Any = None) -> tuple[float, Tensor]:
-    parameters = list(f.parameters() if parameters is None else parameters)
-    value = energy.value(f, x, probe=gen(5))
-    grads = torch.autograd.grad(value, parameters, allow_unused=True)
-    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
-    return float(value.detach()), torch.cat([g.flatten() for g in flat]).double()
-
-
-def same(energy: JacobianEnergy, f: Any, g: Any, x: Tensor, parameters: Any = None, rel: float = 1e-10) -> None:
-    """Both functions, of the same parameters in the same order, have the same energy and gradient, up to rounding."""
-    a, slope_a = value_and_gradient(energy, f, x, parameters)
-    b, slope_b = value_and_gradient(energy, g, x, parameters)
-    assert a == pytest.approx(b, rel=rel), energy
-    assert a > 0
-    assert float((slope_a - slope_b).norm()) <= 10 * rel * float(slope_b.norm()), energy
-
+from jacobian_helpers import ALL, EXACT, PROBED, Skip, filled, gen, mixed, randn, same, value_and_gradient
 
 # ---------------------------------------------------------------------- modes and randomness
 
@@ -214,7 +171,7 @@ def test_free_samples_in_half_precision_are_no_matter(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("energy", ALL, ids=repr)
 def test_autocast_outside_changes_nothing(energy: JacobianEnergy) -> None:
     conv = filled(nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(12, 3)))
-    for model in (mlp(torch.float32), conv.float()):
+    for model in (mixed(torch.float32), conv.float()):
         x = randn(6, 5, dtype=torch.float32)
         expected = value_and_gradient(energy, model, x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -231,8 +188,8 @@ def test_half_precision_networks_are_summed_in_single(energy: JacobianEnergy, dt
     energy = Dirichlet(samples=None, probes=3) if energy is PROBED else energy  # all directions: nothing random
     x = randn(6, 5)
     for tail in ((), (nn.Unflatten(1, (3, 1)),)):  # in closed form, and not
-        half = nn.Sequential(mlp(dtype), *tail)
-        single = nn.Sequential(mlp(dtype).double(), *tail)  # the same, rounded weights
+        half = nn.Sequential(mixed(dtype), *tail)
+        single = nn.Sequential(mixed(dtype).double(), *tail)  # the same, rounded weights
         value, slope = value_and_gradient(energy, half, x)
         expected, slopes = value_and_gradient(energy, single, x.to(dtype))
         assert energy.value(half, x, probe=gen()).dtype == torch.float32
@@ -249,7 +206,7 @@ def test_half_precision_networks_are_summed_in_single(energy: JacobianEnergy, dt
 
 
 def test_grad_scaler_and_accumulation() -> None:
-    model, x = mlp(torch.float32), randn(8, 5, dtype=torch.float32)
+    model, x = mixed(torch.float32), randn(8, 5, dtype=torch.float32)
     y = torch.arange(8) % 3
     energy = 0.1 * EXACT
 
@@ -274,7 +231,7 @@ def test_grad_scaler_and_accumulation() -> None:
 
 
 def test_every_fourth_step_is_four_times_as_strong() -> None:
-    model, x = mlp(), randn(6, 5)
+    model, x = mixed(), randn(6, 5)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     reg = Regularizer(model, 0.5 * EXACT, every=4).attach(optimizer)
     found = []
@@ -452,15 +409,6 @@ def test_compiled_networks_are_run_eagerly(energy: JacobianEnergy) -> None:
     assert compiled(x).shape == (4, 3)  # and compiled again afterwards
 
 
-class Skip(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(x + torch.tanh(self.a(x)))
-
-
 def test_scripted_networks_leave_dropout_out() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     with warnings.catch_warnings():
@@ -530,7 +478,7 @@ def test_distributed_data_parallel_gives_the_average_of_the_ranks(tmp_path: Any)
 
 
 def misuses() -> Iterator[tuple[str, Callable[[], object]]]:
-    x, y, model = randn(4, 5), torch.tensor([0, 1, 2, 0]), mlp()
+    x, y, model = randn(4, 5), torch.tensor([0, 1, 2, 0]), mixed()
     loss = Dirichlet(on="loss")
 
     def call(energy: JacobianEnergy = PROBED, f: Any = model, x: Any = x, y: Any = None) -> Callable[[], object]:
@@ -570,7 +518,7 @@ def test_misuse_is_named(message: str, call: Callable[[], object]) -> None:
 @pytest.mark.parametrize("energy", ALL, ids=repr)
 def test_numbers_that_are_not_finite_are_named(energy: JacobianEnergy) -> None:
     for bad in (float("nan"), float("inf")):
-        for make in (mlp, lambda: filled(Skip())):
+        for make in (mixed, lambda: filled(Skip())):
             model, x = make(), randn(4, 5)
             name, weight = list(model.named_parameters())[2]
             with torch.no_grad():
@@ -580,7 +528,7 @@ def test_numbers_that_are_not_finite_are_named(energy: JacobianEnergy) -> None:
                     call(model, x, probe=gen())
                 with pytest.raises(NonFiniteError, match="input x"):
                     call(make(), x.index_fill(0, torch.tensor([1]), bad), probe=gen())
-    huge = mlp(torch.float32)
+    huge = mixed(torch.float32)
     with torch.no_grad():
         huge[4].weight.fill_(1e30)
     with pytest.raises(NonFiniteError, match="overflows"):

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,53 +15,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from groundstate.energies.dirichlet import Dirichlet
-from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius, JacobianSpectral
-from groundstate.energies.jacobian_nuclear import JacobianNuclear
+from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius
 from groundstate.errors import UsageError
-
-F64 = torch.float64
-M = TypeVar("M", bound=nn.Module)
-EXACT = Dirichlet(estimator="exact", samples=None)
-PROBED = Dirichlet(samples=None)
-ALL = (PROBED, EXACT, JacobianFrobenius(samples=None), JacobianSpectral(samples=None), JacobianNuclear(samples=None))
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, generator=gen(seed), dtype=F64).to(dtype)
-
-
-def filled(model: M, seed: int = 0, dtype: torch.dtype = F64) -> M:
-    g = gen(seed)
-    with torch.no_grad():
-        for p in model.to(dtype).parameters():
-            p.copy_(torch.randn(p.shape, generator=g, dtype=F64) * (1.5 / (p[0].numel() if p.ndim > 1 else 4)) ** 0.5)
-    return model
-
-
-def mlp(dtype: torch.dtype = F64, seed: int = 1) -> nn.Sequential:
-    return filled(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), seed, dtype)
-
-
-def value_and_gradient(energy: JacobianEnergy, f: Any, x: Tensor, parameters: Any = None) -> tuple[float, Tensor]:
-    parameters = list(f.parameters() if parameters is None else parameters)
-    value = energy.value(f, x, probe=gen(5))
-    grads = torch.autograd.grad(value, parameters, allow_unused=True)
-    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
-    return float(value.detach()), torch.cat([g.flatten() for g in flat]).double()
-
-
-def same(energy: JacobianEnergy, f: Any, g: Any, x: Tensor, parameters: Any = None, rel: float = 1e-10) -> None:
-    """Both functions, of the same parameters in the same order, have the same energy and gradient, up to rounding."""
-    a, slope_a = value_and_gradient(energy, f, x, parameters)
-    b, slope_b = value_and_gradient(energy, g, x, parameters)
-    assert a == pytest.approx(b, rel=rel), energy
-    assert a > 0
-    assert float((slope_a - slope_b).norm()) <= 10 * rel * float(slope_b.norm()), energy
-
+from jacobian_helpers import ALL, EXACT, F64, PROBED, filled, gen, mixed, randn, same, value_and_gradient
 
 # ---------------------------------------------------------------------- networks of all kinds
 
@@ -323,7 +279,7 @@ def test_lazy_layers_and_inference_tensors_are_named() -> None:
 def test_a_network_that_changes_is_seen_as_it_is() -> None:
     x = randn(6, 5, seed=13)
     for energy in ALL:
-        model = mlp()
+        model = mixed()
 
         def check(model: nn.Sequential = model, energy: JacobianEnergy = energy, rel: float = 1e-12) -> None:
             fresh = copy.deepcopy(model)
@@ -340,7 +296,7 @@ def test_a_network_that_changes_is_seen_as_it_is() -> None:
         model[3] = nn.Tanh()
         model[0].weight = nn.Parameter(randn(8, 5, seed=14))
         check()
-        model.load_state_dict(mlp(seed=15).state_dict())
+        model.load_state_dict(mixed(seed=15).state_dict())
         check()
         before = float(energy.value(model, x, probe=gen()).detach())
         handle = model[4].register_forward_hook(lambda _m, _i, out: 2 * out)
@@ -356,7 +312,7 @@ def test_a_network_that_changes_is_seen_as_it_is() -> None:
 
 
 def test_nothing_is_left_on_a_network_and_it_can_go() -> None:
-    for make in (mlp, lambda: filled(Attention(), 16), lambda: filled(nn.Linear(5, 3))):
+    for make in (mixed, lambda: filled(Attention(), 16), lambda: filled(nn.Linear(5, 3))):
         model = make()
         x = randn(3, 4, 3) if isinstance(model, Attention) else randn(3, 5)
         bare = {n: set(vars(m)) for n, m in model.named_modules()}
@@ -377,7 +333,7 @@ def test_nothing_is_left_on_a_network_and_it_can_go() -> None:
 
 
 def test_a_network_that_knows_its_parent_can_go_too() -> None:
-    model = mlp()
+    model = mixed()
     model[0].__dict__["parent"] = model
     PROBED.value(filled(nn.Sequential(model, nn.LayerNorm(3))), randn(3, 5), probe=gen())
     gone = weakref.ref(model)

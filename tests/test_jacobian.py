@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,61 +11,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundstate.energies.dirichlet import Dirichlet
-from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius, JacobianSpectral
-from groundstate.energies.jacobian_nuclear import JacobianNuclear
+from groundstate.energies.jacobian import JacobianEnergy
 from groundstate.errors import UsageError
 from groundstate.jacobian import exact
 from groundstate.jacobian.function import function
 from groundstate.jacobian.plan import plan_for
+from jacobian_helpers import BY_ROUTE, Skip, dense, filled, gen, mlp, randn
 
-F64 = torch.float64
 ROUTES = ("closed_form", "loop", "batched", "jvp", "fd")
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=gen(seed), dtype=F64)
-
-
-def filled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In float64, with weights from a seed of their own; not so small that singular values drown."""
-    g = gen(seed)
-    with torch.no_grad():
-        for p in model.double().parameters():
-            fan = p[0].numel() if p.ndim > 1 else 4
-            p.copy_(torch.randn(p.shape, generator=g, dtype=F64) * (1.5 / fan) ** 0.5)
-    return model
-
-
-def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, seed: int = 0) -> nn.Sequential:
-    parts = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation())]
-    model = filled(nn.Sequential(*parts[:-1]), seed)
-    assert isinstance(model, nn.Sequential)
-    return model
-
-
-def dense(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """J of every sample, ``(B, C, n)``, differentiable: one call of torch's own Jacobian per sample."""
-    rows = []
-    for i in range(len(x)):
-        j = torch.autograd.functional.jacobian(f, x[i : i + 1], create_graph=True)
-        assert isinstance(j, Tensor)
-        rows.append(j.reshape(-1, x[i].numel()))
-    return torch.stack(rows)
 
 
 def svdvals(j: Tensor) -> Tensor:
     return torch.linalg.svdvals(j)
 
 
-ENERGIES: dict[str, tuple[Callable[[str], JacobianEnergy], Callable[[Tensor], Tensor]]] = {
-    "dirichlet": (lambda r: Dirichlet(samples=None, estimator="exact", route=r), lambda j: j.square().sum((1, 2))),
-    "frobenius": (lambda r: JacobianFrobenius(samples=None, route=r), lambda j: j.square().sum((1, 2)).sqrt()),
-    "spectral": (lambda r: JacobianSpectral(samples=None, route=r), lambda j: svdvals(j)[:, 0]),
-    "nuclear": (lambda r: JacobianNuclear(samples=None, method="exact", route=r), lambda j: svdvals(j).sum(1)),
+OF_JACOBIAN: dict[str, Callable[[Tensor], Tensor]] = {
+    "dirichlet": lambda j: j.square().sum((1, 2)),
+    "frobenius": lambda j: j.square().sum((1, 2)).sqrt(),
+    "spectral": lambda j: svdvals(j)[:, 0],
+    "nuclear": lambda j: svdvals(j).sum(1),
 }
 
 
@@ -84,15 +47,6 @@ class Functional(nn.Module):
         h = functional.relu(self.a(x.view(x.shape[0], -1)))
         h = functional.dropout(torch.tanh(self.b(h)), 0.5, self.training)
         return self.c(functional.leaky_relu(h, negative_slope=0.2))
-
-
-class Skip(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(x + torch.tanh(self.a(x)))
 
 
 class PerPosition(nn.Module):
@@ -180,7 +134,7 @@ def agree(
         refused = "forward mode cannot be differentiated here"  # torch has no formula, or a wrong one
     if refused:
         with pytest.raises(UsageError, match=refused):
-            _with(ENERGIES["nuclear"][0](route), **which).value(model, x, y, probe=gen())
+            _with(BY_ROUTE["nuclear"](route), **which).value(model, x, y, probe=gen())
         return
     modes = [m.training for m in model.modules()]
     model.eval()
@@ -190,9 +144,9 @@ def agree(
     # products of float64 matrices; by central differences (eps |f| / h, h = eps^(1/3)) 1e-10 for J, a little more after
     # the square root of a Gram and in the gradient
     accuracy = 1e-6 if route == "fd" else 1e-10
-    for energy, (make, of) in ENERGIES.items():
+    for energy, of in OF_JACOBIAN.items():
         expected = of(j).mean()
-        found = _with(make(route), **which).value(model, x, y, probe=gen())
+        found = _with(BY_ROUTE[energy](route), **which).value(model, x, y, probe=gen())
         assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=accuracy), (energy, route)
         wanted = torch.autograd.grad(expected, parameters, retain_graph=True, allow_unused=True)
         given = torch.autograd.grad(found, parameters, allow_unused=True)

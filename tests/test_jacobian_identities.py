@@ -14,39 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from groundstate.energies.dirichlet import Dirichlet
-from groundstate.energies.jacobian import JacobianEnergy, JacobianFrobenius, JacobianSpectral
+from groundstate.energies.jacobian import JacobianEnergy, JacobianSpectral
 from groundstate.energies.jacobian_nuclear import JacobianNuclear
 from groundstate.jacobian import exact, probes
 from groundstate.jacobian.function import function
 from groundstate.norms import gram
 from groundstate.training import data
-
-F64 = torch.float64
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=gen(seed), dtype=F64)
-
-
-def filled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """In float64, with weights from a seed of their own; not so small that singular values drown."""
-    g = gen(seed)
-    with torch.no_grad():
-        for p in model.double().parameters():
-            fan = p[0].numel() if p.ndim > 1 else 4
-            p.copy_(torch.randn(p.shape, generator=g, dtype=F64) * (1.5 / fan) ** 0.5)
-    return model
-
-
-def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, seed: int = 0) -> nn.Sequential:
-    parts = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation())]
-    model = filled(nn.Sequential(*parts[:-1]), seed)
-    assert isinstance(model, nn.Sequential)
-    return model
+from jacobian_helpers import BY_ROUTE, F64, dense, filled, gen, mlp, randn
 
 
 def linear(a: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -58,26 +32,8 @@ def linear(a: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return layer
 
 
-def dense(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """J of every sample, ``(B, C, n)``, differentiable: one call of torch's own Jacobian per sample."""
-    rows = []
-    for i in range(len(x)):
-        j = torch.autograd.functional.jacobian(f, x[i : i + 1], create_graph=True)
-        assert isinstance(j, Tensor)
-        rows.append(j.reshape(-1, x[i].numel()))
-    return torch.stack(rows)
-
-
-ENERGIES: dict[str, Callable[[str], JacobianEnergy]] = {
-    "dirichlet": lambda r: Dirichlet(samples=None, estimator="exact", route=r),
-    "frobenius": lambda r: JacobianFrobenius(samples=None, route=r),
-    "spectral": lambda r: JacobianSpectral(samples=None, route=r),
-    "nuclear": lambda r: JacobianNuclear(samples=None, method="exact", route=r),
-}
-
-
 def values(model: nn.Module, x: Tensor) -> dict[str, float]:
-    return {n: float(make("auto").value(model, x, probe=gen()).detach()) for n, make in ENERGIES.items()}
+    return {n: float(make("auto").value(model, x, probe=gen()).detach()) for n, make in BY_ROUTE.items()}
 
 
 # ---------------------------------------------------------------------- identities
@@ -205,7 +161,7 @@ def test_samples_do_not_influence_one_another() -> None:
     body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 3)).train()
     model, x = filled(body, 18), randn(6, 5, seed=19)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    for make in ENERGIES.values():
+    for make in BY_ROUTE.values():
         energy = make("loop")
         with torch.no_grad():
             whole, permuted = (float(energy.value(model, some, probe=gen())) for some in (x, x[order]))
@@ -215,11 +171,11 @@ def test_samples_do_not_influence_one_another() -> None:
 
 
 @pytest.mark.parametrize("route", ["closed_form", "loop"])
-@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize("energy", BY_ROUTE)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Softplus])
 def test_gradcheck(activation: type[nn.Module], energy: str, route: str) -> None:
     model, x = mlp(4, 5, 3, activation=activation, seed=20), randn(2, 4, seed=21)
-    made = ENERGIES[energy](route)
+    made = BY_ROUTE[energy](route)
     # the entries of the parameters are moved in place, so the value follows although it takes no argument
     assert torch.autograd.gradcheck(lambda *_: made.value(model, x, probe=gen()), tuple(model.parameters()))
 
@@ -260,7 +216,7 @@ def test_a_zero_jacobian_has_no_energy_and_no_gradient(route: str) -> None:
     with torch.no_grad():
         dead[0].bias.fill_(-1e3)
     for model in (dead, linear(torch.zeros(3, 5, dtype=F64))):
-        for make in ENERGIES.values():
+        for make in BY_ROUTE.values():
             value = make(route).value(model, x, probe=gen())
             assert float(value.detach()) == 0
             grads = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
@@ -280,7 +236,7 @@ def test_equal_singular_values() -> None:
 
 def test_second_derivatives_of_the_energy_are_refused_and_never_wrong() -> None:
     model, x = mlp(5, 6, 3, seed=30), randn(4, 5, seed=31)
-    for make in ENERGIES.values():
+    for make in BY_ROUTE.values():
         for network, route in ((model, "closed_form"), (nn.Sequential(model, nn.Unflatten(1, (3, 1))), "loop")):
             value = make(route).value(network, x, probe=gen())
             (grad,) = torch.autograd.grad(value, [model[0].weight], create_graph=True)
