@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from groundstate.energies import L1, GraphEnergy, MatrixEnergy, Nuclear, Squared
 from groundstate.energies.function_prior import set_prior
 from groundstate.energies.graph import ConvolutionGraphEnergy
 from groundstate.errors import UsageError
+from groundstate.jacobian import exact
 from groundstate.measure import Row, Table, measure
 
 
@@ -389,7 +391,8 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_networks_from_inference_mode_are_measured_as_others(inside: bool) -> None:
+def test_networks_from_inference_mode_are_measured_as_others(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "time", SimpleNamespace(perf_counter=lambda: 0.0))  # no route is the faster one
     x, y = torch.randn(12, 5, 3, generator=generator(26)), torch.arange(12) % 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(26)
@@ -414,6 +417,20 @@ def test_networks_from_inference_mode_are_measured_as_others(inside: bool) -> No
         gs.Regularizer(made, "dirichlet").loss(x)
     copied = copy.deepcopy(made)
     assert gs.Regularizer(copied, "dirichlet").loss(x).requires_grad
+
+
+def test_networks_from_inference_mode_are_measured_as_they_are_now() -> None:
+    x = torch.randn(8, 6, generator=generator(30))
+    with torch.inference_mode():
+        made = mlp(31, 6, 5, 3)
+    for factor in (1.0, 2.0):
+        with torch.inference_mode():
+            made[2].weight.mul_(factor)
+        function = measure(made, "dirichlet", data=(x, None)).function
+        expected = measure(copy.deepcopy(made), "dirichlet", data=(x, None)).function
+        assert function is not None
+        assert expected is not None
+        assert function.energies == expected.energies  # both in closed form
 
 
 def test_a_prior_given_to_a_network_from_inference_mode_is_its_prior() -> None:
