@@ -225,7 +225,10 @@ def test_in_inference_mode_learned_projections_are_used_and_stay(projection: str
         half = HypersphericalEnergy(s=2, half_space=True).value(hidden @ start.mT)
         expected = float(half + HypersphericalEnergy(s=2).value(output))
         assert found == pytest.approx(expected, rel=1e-6)  # the sum is a float32 number
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        reg.attach(optimizer)  # what the steps of an optimizer learn is kept
         reg.loss().backward()
+        optimizer.step()
         (learned,) = [v for k, v in reg.state_dict().items() if k.startswith("memory/")]
         assert not torch.equal(start, learned)
 
