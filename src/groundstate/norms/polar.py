@@ -28,6 +28,8 @@ from groundstate.norms.polar_express import inverse_root
 from groundstate.norms.polar_gram import (
     complete_symmetric,
     double_polar,
+    pivots,
+    small_share,
     split_polar,
     svd_polar,
     symmetric_product,
@@ -44,7 +46,6 @@ _TRUST, _TRUST_SPECTRUM, _TRUST_DOUBLE = 4e-4, 4e-5, 2e-11
 _TARGET = 4e-4
 # Traces of a Gram matrix between which no square in float32 leaves its range.
 _LOW, _HIGH = 2.0**-80, 2.0**80
-_PIVOT = 1e-3  # pivots that count as small, relative to the largest
 
 
 def polar(w: Tensor, route: Route = "auto") -> tuple[Tensor, Tensor]:
@@ -158,14 +159,13 @@ def _one(w: Tensor, zero: float, route: Route, spectrum: bool) -> tuple[Tensor, 
         elongated = n <= table.aspect * rows.shape[1]
         if not elongated and n <= table.square:
             return None
-        pivots = _pivots(symmetric_product(rows[:half], out=gram[:half, :half]))
-        most = max(pivots)
-        if not _LOW < sum(pivots) < _HIGH:
+        found = pivots(symmetric_product(rows[:half], out=gram[:half, :half]))
+        if not _LOW < sum(found) < _HIGH:
             return None
-        if sum(pivot < _PIVOT * most for pivot in pivots) > table.small * half:
+        if small_share(found) > table.small:
             return double_polar(w, zero) if elongated and not double else svd_polar(w, zero)
         complete_symmetric(gram, rows)
-        even = elongated and not spectrum and min(pivots) >= table.even * most
+        even = elongated and not spectrum and min(found) >= table.even * max(found)
     else:
         symmetric_product(rows, out=gram)
         if not _LOW < float(gram.trace()) < _HIGH:
@@ -189,21 +189,3 @@ def _promising(gram: Tensor) -> bool:
     largest = float(torch.linalg.vector_norm(gram.tril())) ** 2 / float(gram.trace())
     least = float(factor.diagonal().min()) ** 2
     return not int(failed) and torch.finfo(gram.dtype).eps * largest <= 0.1 * _TRUST_DOUBLE * least
-
-
-def _pivots(gram: Tensor) -> list[float]:
-    """Squares of the diagonal of the Cholesky factor of a Gram matrix plus a hundredth of what counts as small.
-
-    A pivot is the squared distance of a column of W from the span of those before it. So those of half of the columns
-    are alike where the singular values are, and small ones show up where more than half of the singular values are.
-    The addition keeps rounding from ending the factorization, which would ask for another.
-    """
-    diagonal = gram.diagonal()
-    before = diagonal.clone()
-    most = float(before.max())
-    diagonal.add_(0.01 * _PIVOT * most)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    diagonal.copy_(before)
-    if int(failed):
-        return [most, *[0.0] * (len(gram) - 1)]
-    return [x * x for x in factor.diagonal().tolist()]

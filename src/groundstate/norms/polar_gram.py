@@ -32,6 +32,7 @@ _NOISE = 4.0  # eigenvalues below this times eps, relative to the largest, say n
 _TRUST_PRODUCT = 1e-3  # on eps * sigma_1 * rms(1 / sigma_i), about three times the error of a product W Z in float32
 _LONG = 32  # small singular values from which on it pays to find out before whether all are zero
 _SPLIT, _HALVES = 128, 768  # sizes from which on a symmetric product is made by blocks, and by blocks of blocks
+_PIVOT = 1e-3  # pivots that count as small, relative to the largest
 _WORTH = 40_000  # entries of a factor from which on that pays
 
 
@@ -219,3 +220,35 @@ def svd_polar(w: Tensor, zero: float) -> tuple[Tensor, Tensor]:
         u, s, vh = svd(tall)
     u = u * (s > zero * s[..., :1])[..., None, :]
     return (vh.mT @ u.mT if wide else u @ vh), s
+
+
+def pivots(gram: Tensor) -> list[float]:
+    """Squares of the diagonal of the Cholesky factor of a Gram matrix plus a hundredth of what counts as small.
+
+    A pivot is the squared distance of a column of W from the span of those before it. So those of half of the columns
+    are alike where the singular values are, and small ones show up where more than half of the singular values are.
+    The addition keeps rounding from ending the factorization, which would ask for another. Only the lower triangle is
+    read.
+
+    >>> [round(x, 2) for x in pivots(torch.tensor([[4.0, 2.0], [2.0, 2.0]]))]
+    [4.0, 1.0]
+    """
+    diagonal = gram.diagonal()
+    before = diagonal.clone()
+    most = float(before.max())
+    diagonal.add_(0.01 * _PIVOT * most)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    diagonal.copy_(before)
+    if int(failed):
+        return [most, *[0.0] * (len(gram) - 1)]
+    return [x * x for x in factor.diagonal().tolist()]
+
+
+def small_share(found: list[float], ratio: float = _PIVOT) -> float:
+    """Returns the share of `pivots` that are below a ratio times the largest.
+
+    >>> small_share([4.0, 1.0, 1e-9, 2.0])
+    0.25
+    """
+    least = ratio * max(found)
+    return sum(pivot < least for pivot in found) / len(found)

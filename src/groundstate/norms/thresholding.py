@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 
 from groundstate.errors import UsageError
+from groundstate.norms.clipping import clip_by_gram, probed_residual
 from groundstate.norms.eigenvectors import eigenpairs, gram
 from groundstate.norms.gauges import project_capped
+from groundstate.norms.polar_gram import pivots, small_share
 from groundstate.norms.spectral import LinAlgError, assemble, prepare, svd
 
 Route = Literal["auto", "svd", "gram"]
@@ -46,7 +48,10 @@ _ROUNDING = 16.0
 # Below these the SVD is as fast: smaller side, and m * n * min(m, n).
 _SMALLEST_SIDE, _SMALL = 48, 1e6
 _ASPECT = 0.7  # above this ratio of the sides a float64 Gram matrix is no faster than a float32 SVD
-_PROBES = 4
+# Where the mean square of the singular values is so many times the threshold's, most of them survive.
+_MANY = 0.004
+# Where a larger share of the pivots is so small, relative to the largest, clipping pays no more.
+_SMALL_PIVOT, _MOSTLY = 1e-2, 0.35
 # A block for the next matrix: how wide, at most what share of the smaller side, mu / t, and the most power steps.
 _OVERSAMPLING, _LARGEST_BLOCK, _MARGIN, _STEPS = 1.4, 0.36, 0.95, 4
 
@@ -259,17 +264,11 @@ def _each(work: Tensor, scale: Tensor | None, one: Callable[[Tensor, float], _Fo
         if result is None:
             return None
         found.append(result)
-    stacked = torch.stack([x.result for x in found])
+    stacked = torch.stack([x.result for x in found]) if len(found) > 1 else found[0].result[None]
     return _Found((stacked.mT if m < n else stacked).reshape(work.shape), found[0].basis)
 
 
 # The Gram matrix.
-
-
-def _resolved(g: Tensor, t: float) -> bool:
-    """Whether rounding leaves eigenvalues of the size t^2 intact; the largest is at least ||G||_F^2 / tr G."""
-    largest = float(torch.linalg.vector_norm(g)) ** 2 / float(g.diagonal().sum())
-    return t * t > _ROUNDING * torch.finfo(g.dtype).eps * largest
 
 
 def _by_gram(
@@ -280,7 +279,7 @@ def _by_gram(
     Args:
         tall: ``(m, n)``, m >= n.
         choose: Maps the singular values (float64, descending) to the threshold; 0 or less: no result.
-        least: A lower bound on the threshold, where there is one.
+        least: The threshold itself, where it is known.
         request: What else is asked for.
     """
     double_pays = tall.dtype == torch.float64 or tall.shape[-1] <= _ASPECT * tall.shape[-2]
@@ -288,43 +287,54 @@ def _by_gram(
         if dtype != tall.dtype and not double_pays:
             return None
         g = gram(tall.to(dtype))
-        if least is not None and not _resolved(g, least):
-            continue
+        eps, size = torch.finfo(dtype).eps, float(g.diagonal().sum())
+        resolved = _ROUNDING * eps * float(torch.linalg.vector_norm(g)) ** 2 / size
         try:
+            if least is not None and dtype == tall.dtype and least**2 < max(resolved, _MANY * size / len(g)):
+                half = len(g) // 2
+                if small_share(pivots(g[:half, :half]), _SMALL_PIVOT) > _MOSTLY:
+                    continue
+                found = _by_clipping(tall, *torch.linalg.eigh(g), least, request)
+                if found is not None:
+                    return found
+                continue
+            if least is not None and least**2 <= resolved:
+                continue
             lam, leading = eigenpairs(g)
         except LinAlgError:
             continue
         lam = lam.double()
         t = choose(lam.clamp_min(0).sqrt())
-        if t <= 0 or bool(((lam - t**2).abs() <= _ROUNDING * torch.finfo(dtype).eps * lam[0]).any()):
+        if t <= 0:
+            continue
+        if bool(((lam - t**2).abs() <= _ROUNDING * eps * lam[0]).any()):
+            most = len(lam) - int((lam > t**2).sum()) > _MOSTLY * len(lam)
+            if least is not None and dtype == tall.dtype and not (double_pays and most):
+                found = _by_clipping(tall, lam.flip(0).to(dtype), leading(len(lam)).flip(1), t, request)
+                if found is not None:
+                    return found
             continue
         r = int((lam > t**2).sum())
         s = lam[:r].sqrt()
         k = _width(r, len(lam)) if request.basis else 0
         basis = leading(max(k, r))
         v = basis[:, :r]
-        if _probed_error(tall, v, s) <= request.allowed(tall.dtype, s, t):
+        if probed_residual(tall, v, lam[:r], 1 / s) <= request.allowed(tall.dtype, s, t):
             v, basis = v.to(tall.dtype), basis.to(tall.dtype)
             result = (tall @ v * (1 - t / s).to(tall.dtype)) @ v.mT
             return _Found(result, basis if k else None)
     return None
 
 
-def _probed_error(tall: Tensor, v: Tensor, s: Tensor) -> float:
-    """Returns ||(W^T W V - V S^2) S^-1||_F, in float64, by its product with random signs: its mean square is exact.
-
-    The derivative of W V (1 - t / S) V^T by the Gram matrix has entries below 1 / s_i and, for the transposed pair,
-    1 / (2 s_i): the factor sqrt(5 / 4).
-    """
-    if not len(s):
-        return 0.0
-    generator = torch.Generator().manual_seed(0)
-    signs = (2 * torch.randint(0, 2, (len(s), _PROBES), generator=generator, dtype=torch.float64) - 1).to(s.device)
-    v = v.double()
-    x = v @ (signs / s[:, None])
-    wide = tall.double()
-    residual = wide.mT @ (wide @ x) - v @ (signs * s[:, None])
-    return math.sqrt(1.25 / _PROBES) * float(torch.linalg.vector_norm(residual))
+def _by_clipping(tall: Tensor, lam: Tensor, v: Tensor, t: float, request: _Request) -> _Found | None:
+    """Thresholds by what `clip_by_gram` leaves of a tall matrix."""
+    s = lam[lam > t**2].double().sqrt()
+    found = clip_by_gram(tall, lam, v, t, request.allowed(tall.dtype, s, t))
+    if found is None:
+        return None
+    clipped, r = found
+    k = _width(r, len(lam)) if request.basis else 0
+    return _Found(torch.sub(tall, clipped, out=clipped), v[:, -k:].flip(1) if k else None)
 
 
 def _lowering(s: Tensor, total: float) -> float:
