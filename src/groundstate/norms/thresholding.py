@@ -7,6 +7,8 @@ Idea: with W = U diag(s) V^T and a threshold t, only what lies above the thresho
 and W - SVT_t(W) is the projection on the operator ball of radius t (Moreau). Three routes give V_r: the SVD of W; the
 Gram matrix W^T W, all its eigenvalues but only the eigenvectors above t^2; or a block of vectors from a matrix nearby,
 improved by power steps. Rounding of the Gram matrix costs eps * s_1^2 / t, so that route is for t not far below s_1.
+A fourth needs all eigenvectors, and serves where most singular values are above t: it computes the clipped matrix
+instead, which rounding disturbs less the smaller t is, and subtracts it (`clipping`).
 
 A fast route proves its result, or the SVD takes over. Residuals R = W^T W V_r - V_r S_r^2 bound the error, because W is
 within |R S_r^-1| of a matrix with exactly these singular vectors, and thresholding does not expand distances. The rank
@@ -101,8 +103,9 @@ def singular_value_threshold(w: Tensor, t: float, route: Route = "auto", subspac
         NonFiniteError: w holds NaN or infinity, or no decomposition converges.
 
     Cost: one SVD; or a Gram matrix, its tridiagonal form and 4 m n r + 2 n^2 r flops for the r singular values that
-    survive (n the smaller side): from side 512 on, a fifth to two fifths of an SVD, unless t is so small that only the
-    SVD resolves it. The BLAS of scipy keeps threads of its own.
+    survive (n the smaller side): from side 512 on, a fifth to two fifths of an SVD. Where nearly all of them survive,
+    one ``eigh`` and `clip_by_gram`: half of an SVD to all of it. Where singular values fall like 1 / i and t is among
+    the small ones, up to 1.8 SVDs: one, and what it took to find out. The BLAS of scipy keeps threads of its own.
 
     >>> singular_value_threshold(torch.diag(torch.tensor([3.0, 4.0])), 3.5)
     tensor([[0.0000, 0.0000],
@@ -316,10 +319,13 @@ def _by_gram(
             continue
         r = int((lam > t**2).sum())
         s = lam[:r].sqrt()
+        allowed = request.allowed(tall.dtype, s, t)
+        if eps * float(lam[0] * torch.linalg.vector_norm(1 / s)) > 2 * allowed:  # no less than half of it is met with
+            continue
         k = _width(r, len(lam)) if request.basis else 0
         basis = leading(max(k, r))
         v = basis[:, :r]
-        if probed_residual(tall, v, lam[:r], 1 / s) <= request.allowed(tall.dtype, s, t):
+        if probed_residual(tall, v, lam[:r], 1 / s) <= allowed:
             v, basis = v.to(tall.dtype), basis.to(tall.dtype)
             result = (tall @ v * (1 - t / s).to(tall.dtype)) @ v.mT
             return _Found(result, basis if k else None)
