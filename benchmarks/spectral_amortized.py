@@ -1,8 +1,8 @@
 """What spectral energies cost in training: exact at every step, and with gradients kept until a gap opens.
 
 Three networks learn the labels of a fixed random teacher, each plainly, with the exact gradient of the energy at every
-step, and with kept gradients, in turns: of 16 steps where they are short, so that each finds its own data in the caches,
-as a training alone would. The cost of a step is the mean over all of them, so that it has its share of the
+step, and with kept gradients, in turns: of 16 steps where they are short, so that each finds its own data in the
+caches, as a training alone would. The cost of a step is the mean over all of them, so that it has its share of the
 decompositions. The gap is that of `groundstate.amortized`; "widest seen" is of one weight by itself.
 """
 

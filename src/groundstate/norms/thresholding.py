@@ -297,7 +297,8 @@ def _by_gram(
                 half = len(g) // 2
                 if small_share(pivots(g[:half, :half]), _SMALL_PIVOT) > _MOSTLY:
                     continue
-                found = _by_clipping(tall, *torch.linalg.eigh(g), least, request)
+                lam, v = torch.linalg.eigh(g)
+                found = _by_clipping(tall, lam, v, least, request)
                 if found is not None:
                     return found
                 continue
