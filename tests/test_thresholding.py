@@ -378,3 +378,27 @@ def test_the_energy_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         Nuclear().prox(w, -1.0)
     shrunk = Nuclear(smoothing=1e-9).prox(w, 1.3)  # the smoothed map, by its own route, tends to the same
     assert torch.allclose(shrunk, expected, rtol=0, atol=1e-6)
+
+
+def test_a_zero_matrix_in_a_batch_and_single_rows_and_columns() -> None:
+    w = torch.randn(3, 60, 300)
+    w[1] = 0
+    for route in ("auto", "gram"):
+        assert module.project_nuclear_ball(w, 1.0, route)[1].count_nonzero() == 0
+        assert module.singular_value_threshold(w, 1.0, route)[1].count_nonzero() == 0
+        torch.testing.assert_close(
+            module.project_nuclear_ball(w, 1.0, route), module.project_nuclear_ball(w, 1.0, "svd"), rtol=0, atol=1e-5
+        )
+    for shape in ((7, 1), (1, 7)):
+        one = torch.randn(shape)
+        size = float(torch.linalg.vector_norm(one))
+        found = module.singular_value_threshold(one, 0.01, "gram")
+        torch.testing.assert_close(found, one * (1 - 0.01 / size), rtol=1e-5, atol=0)  # a rounding or two
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_threshold_at_a_leading_singular_value_leaves_no_noise_of_full_rank(index: int) -> None:
+    w = torch.randn(512, 512) / 512**0.5
+    t = float(torch.linalg.svdvals(w.double())[index])
+    s = torch.linalg.svdvals(module.singular_value_threshold(w, t).double())
+    assert int((s > 1e-7 * t).sum()) <= index + 1  # t is one of them, to rounding; eps of what is left is 1e-9

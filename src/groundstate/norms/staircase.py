@@ -24,6 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from groundstate.norms.spectral import LinAlgError
+
 Blocks = tuple[list[Tensor], list[Tensor]]  # of a symmetric block tridiagonal matrix: diagonal, below the diagonal
 
 # Entries of all poles together that are inverted at once; more makes several passes.
@@ -157,11 +159,14 @@ def selected_inverse(diagonal: list[Tensor], below: list[Tensor]) -> Blocks | No
     Cost: about 5 products and one inverse of size n_i per block.
     """
     failed: list[Tensor] = []
-    inverses = [_inverse(diagonal[0], failed)]
     factors: list[Tensor] = []
-    for low, block in zip(below, diagonal[1:], strict=True):
-        factors.append(low @ inverses[-1])
-        inverses.append(_inverse(block - factors[-1] @ low.mT, failed))
+    try:
+        inverses = [_inverse(diagonal[0], failed)]
+        for low, block in zip(below, diagonal[1:], strict=True):
+            factors.append(low @ inverses[-1])
+            inverses.append(_inverse(block - factors[-1] @ low.mT, failed))
+    except LinAlgError:  # a pivot of zero
+        return None
     if any(bool(info.any()) for info in failed):
         return None
     found, found_below = inverses[-1:], []

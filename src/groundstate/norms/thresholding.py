@@ -263,7 +263,7 @@ def _each(work: Tensor, scale: Tensor | None, one: Callable[[Tensor, float], _Fo
     factors = [1.0] * len(flat) if scale is None else scale.flatten().tolist()
     found: list[_Found] = []
     for tall, factor in zip(flat, factors):
-        result = one(tall, factor)
+        result = one(tall, factor) if factor and tall.any() else _Found(torch.zeros_like(tall), None)
         if result is None:
             return None
         found.append(result)
@@ -294,7 +294,7 @@ def _by_gram(
         resolved = _ROUNDING * eps * float(torch.linalg.vector_norm(g)) ** 2 / size
         try:
             if least is not None and dtype == tall.dtype and least**2 < max(resolved, _MANY * size / len(g)):
-                half = len(g) // 2
+                half = (len(g) + 1) // 2
                 if small_share(pivots(g[:half, :half]), _SMALL_PIVOT) > _MOSTLY:
                     continue
                 lam, v = torch.linalg.eigh(g)
@@ -336,6 +336,8 @@ def _by_gram(
 def _by_clipping(tall: Tensor, lam: Tensor, v: Tensor, t: float, request: _Request) -> _Found | None:
     """Thresholds by what `clip_by_gram` leaves of a tall matrix."""
     s = lam[lam > t**2].double().sqrt()
+    if not request.clip and 4 * t * t > float(lam[-1]):  # what rounding leaves of the others could count in the rank
+        return None
     found = clip_by_gram(tall, lam, v, t, request.allowed(tall.dtype, s, t))
     if found is None:
         return None
